@@ -1,0 +1,56 @@
+#include "isa.h"
+
+#include <atomic>
+#include <stdexcept>
+
+namespace proxt2i {
+namespace {
+
+const char* const names[] = {"baseline", "avx2", "avx512"};
+
+bool supported(Isa isa) {
+#if defined(__x86_64__)
+  if (isa == Isa::avx2) return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+  if (isa == Isa::avx512) {
+    return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512bw") &&
+           __builtin_cpu_supports("avx512vl");
+  }
+#endif
+  return isa == Isa::baseline;
+}
+
+Isa best() {
+  if (supported(Isa::avx512)) return Isa::avx512;
+  return supported(Isa::avx2) ? Isa::avx2 : Isa::baseline;
+}
+
+std::atomic<Isa>& current() {
+  static std::atomic<Isa> isa{best()};
+  return isa;
+}
+
+}  // namespace
+
+Isa current_isa() { return current().load(std::memory_order_relaxed); }
+
+std::string isa_name(Isa isa) { return names[static_cast<int>(isa)]; }
+
+std::vector<std::string> supported_isas() {
+  std::vector<std::string> result;
+  for (const Isa isa : {Isa::avx512, Isa::avx2, Isa::baseline}) {
+    if (supported(isa)) result.push_back(isa_name(isa));
+  }
+  return result;
+}
+
+void use_isa(const std::string& name) {
+  for (const Isa isa : {Isa::avx512, Isa::avx2, Isa::baseline}) {
+    if (isa_name(isa) == name && supported(isa)) {
+      current().store(isa, std::memory_order_relaxed);
+      return;
+    }
+  }
+  throw std::invalid_argument("proxt2i: this machine has no instruction set called '" + name + "'");
+}
+
+}  // namespace proxt2i

@@ -1,0 +1,17 @@
+// Choice of the instruction set at run time. The kernels are compiled once for each set with target attributes and picked by
+// hand: target_clones cannot say "avx2 and fma" together, and a clone without fma would call libm for every one of ours.
+#pragma once
+
+#include <string>
+#include <vector>
+
+namespace proxt2i {
+
+enum class Isa { baseline, avx2, avx512 };
+
+Isa current_isa();
+std::vector<std::string> supported_isas();  // best first
+std::string isa_name(Isa isa);
+void use_isa(const std::string& name);      // std::invalid_argument for a name that this machine does not support
+
+}  // namespace proxt2i

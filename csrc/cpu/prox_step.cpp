@@ -1,0 +1,151 @@
+// The fused proximal step on a CPU: one pass over memory, noise included. Work is cut into chunks that never cross an image, so
+// that a chunk has one seed; within a chunk each stage is a plain loop over arrays that stay in the L1 cache.
+#include <algorithm>
+
+#include "../common/op.h"
+#include "isa.h"
+
+namespace proxt2i {
+namespace {
+
+constexpr int64_t chunk_size = 512;               // elements
+constexpr int64_t chunk_blocks = chunk_size / 4;  // Philox blocks
+constexpr int64_t chunks_per_thread = 16;         // at least, so that small calls stay on one thread
+
+#define PROXT2I_INLINE static inline __attribute__((always_inline))
+
+PROXT2I_INLINE void draw_normals(uint64_t seed, uint64_t step, uint64_t first_block, int64_t length, float* z) {
+  float z0[chunk_blocks], z1[chunk_blocks], z2[chunk_blocks], z3[chunk_blocks];
+  const int64_t num_blocks = (length + 3) / 4;
+#pragma omp simd
+  for (int64_t i = 0; i < num_blocks; ++i) philox_normal4(seed, step, first_block + i, z0[i], z1[i], z2[i], z3[i]);
+  for (int64_t i = 0; i < num_blocks; ++i) {
+    z[4 * i] = z0[i];
+    z[4 * i + 1] = z1[i];
+    z[4 * i + 2] = z2[i];
+    z[4 * i + 3] = z3[i];
+  }
+}
+
+template <typename T, typename Z>
+PROXT2I_INLINE void renoise_chunk(const T* x, const Z* z, T a, T b, int64_t length, T* y_next) {
+#pragma omp simd
+  for (int64_t i = 0; i < length; ++i) y_next[i] = renoise(x[i], static_cast<T>(z[i]), a, b);
+}
+
+template <typename T, typename E>
+PROXT2I_INLINE void step_chunk(const StepArgs<T, E>& args, int64_t image, int64_t offset, int64_t length) {
+  const int64_t at = image * args.per_image + offset;
+  const T* y = args.y + at;
+  const E* eps_cond = args.eps_cond + at;
+  const T w = args.guidance_scale, s = args.sqrt_lam, a = args.a, b = args.b;
+  T x[chunk_size];
+  if (args.eps_uncond != nullptr) {
+    const E* eps_uncond = args.eps_uncond + at;
+#pragma omp simd
+    for (int64_t i = 0; i < length; ++i) {
+      x[i] = prox(y[i], guide(static_cast<T>(widen(eps_cond[i])), static_cast<T>(widen(eps_uncond[i])), w), s);
+    }
+  } else {
+#pragma omp simd
+    for (int64_t i = 0; i < length; ++i) x[i] = prox(y[i], static_cast<T>(widen(eps_cond[i])), s);
+  }
+  __builtin_memcpy(args.x + at, x, sizeof(T) * length);
+  if (args.y_next == nullptr) return;
+  T* y_next = args.y_next + at;
+  if (args.noise != nullptr) {
+    renoise_chunk(x, args.noise + at, a, b, length, y_next);
+  } else if (args.seeds != nullptr) {
+    float z[chunk_size];
+    draw_normals(static_cast<uint64_t>(args.seeds[image]), args.step, offset / 4, length, z);
+    renoise_chunk(x, z, a, b, length, y_next);
+  } else {
+    for (int64_t i = 0; i < length; ++i) y_next[i] = a * x[i];
+  }
+}
+
+struct NormalArgs {
+  const int64_t* seeds;
+  float* out;
+  int64_t num_images;
+  int64_t per_image;
+  uint64_t step;
+};
+
+PROXT2I_INLINE void step_chunk(const NormalArgs& args, int64_t image, int64_t offset, int64_t length) {
+  float z[chunk_size];
+  draw_normals(static_cast<uint64_t>(args.seeds[image]), args.step, offset / 4, length, z);
+  __builtin_memcpy(args.out + image * args.per_image + offset, z, sizeof(float) * length);
+}
+
+template <typename Args>
+PROXT2I_INLINE void run_chunks(const Args& args, int64_t begin, int64_t end) {
+  const int64_t chunks_per_image = (args.per_image + chunk_size - 1) / chunk_size;
+  for (int64_t chunk = begin; chunk < end; ++chunk) {
+    const int64_t offset = (chunk % chunks_per_image) * chunk_size;
+    step_chunk(args, chunk / chunks_per_image, offset, std::min(chunk_size, args.per_image - offset));
+  }
+}
+
+#if defined(__x86_64__)
+template <typename Args>
+__attribute__((target("avx512f,avx512dq,avx512bw,avx512vl,fma"))) void run_avx512(const Args& args, int64_t begin, int64_t end) {
+  run_chunks(args, begin, end);
+}
+template <typename Args>
+__attribute__((target("avx2,fma"))) void run_avx2(const Args& args, int64_t begin, int64_t end) {
+  run_chunks(args, begin, end);
+}
+#endif
+template <typename Args>
+void run_baseline(const Args& args, int64_t begin, int64_t end) {
+  run_chunks(args, begin, end);
+}
+
+template <typename Args>
+void run_parallel(const Args& args) {
+  const int64_t num_chunks = args.num_images * ((args.per_image + chunk_size - 1) / chunk_size);
+  if (num_chunks == 0) return;
+  auto* run = run_baseline<Args>;
+#if defined(__x86_64__)
+  const Isa isa = current_isa();
+  if (isa == Isa::avx512) run = run_avx512<Args>;
+  if (isa == Isa::avx2) run = run_avx2<Args>;
+#endif
+  torch::stable::parallel_for(0, num_chunks, chunks_per_thread,
+                              [&](int64_t begin, int64_t end) { run(args, begin, end); });
+}
+
+std::tuple<Tensor, Tensor> prox_step_cpu(const Tensor& y, const Tensor& eps_cond, const std::optional<Tensor>& eps_uncond,
+                                     const std::optional<Tensor>& noise, const std::optional<Tensor>& seeds, int64_t step,
+                                     double guidance_scale, double sqrt_lam, double a, double b) {
+  const StepTensors t = prepare(y, eps_cond, eps_uncond, noise, seeds, true, b);
+  dispatch(t, step, guidance_scale, sqrt_lam, a, b, [](const auto& args) { run_parallel(args); });
+  return {t.x, *t.y_next};
+}
+
+Tensor prox_cpu(const Tensor& y, const Tensor& eps_cond, const std::optional<Tensor>& eps_uncond, double guidance_scale,
+            double sqrt_lam) {
+  const StepTensors t = prepare(y, eps_cond, eps_uncond, std::nullopt, std::nullopt, false, 0.0);
+  dispatch(t, 0, guidance_scale, sqrt_lam, 1.0, 0.0, [](const auto& args) { run_parallel(args); });
+  return t.x;
+}
+
+Tensor philox_normal_cpu(const Tensor& seeds, int64_t step, int64_t count) {
+  check_philox(seeds, step, count);
+  const Tensor keys = torch::stable::contiguous(seeds);
+  const int64_t shape[] = {seeds.size(0), count};
+  const Tensor out = torch::stable::new_empty(seeds, {shape, 2}, ScalarType::Float);
+  run_parallel(NormalArgs{static_cast<const int64_t*>(keys.const_data_ptr()), static_cast<float*>(out.mutable_data_ptr()),
+                          seeds.size(0), count, static_cast<uint64_t>(step)});
+  return out;
+}
+
+}  // namespace
+}  // namespace proxt2i
+
+STABLE_TORCH_LIBRARY_IMPL(proxt2i, CPU, m) {
+  m.impl("prox_step", TORCH_BOX(&proxt2i::prox_step_cpu));
+  m.impl("prox", TORCH_BOX(&proxt2i::prox_cpu));
+  m.impl("philox_normal", TORCH_BOX(&proxt2i::philox_normal_cpu));
+}

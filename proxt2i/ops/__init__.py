@@ -1,0 +1,7 @@
+"""Native operators, each beside its plain-torch reference."""
+
+from proxt2i.ops.native import native_available
+from proxt2i.ops.philox import philox_normal
+from proxt2i.ops.prox_step import prox, prox_step
+
+__all__ = ["native_available", "philox_normal", "prox", "prox_step"]
