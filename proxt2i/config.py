@@ -1,0 +1,286 @@
+"""Typed configuration of a training run: dataclass defaults <= YAML file <= command-line overrides.
+
+The defaults below are the embedded *portraits* run. A YAML file and `section.key=value` overrides change single
+fields; an unknown key or a value of the wrong type is an error that names the key, where it came from and the nearest
+valid name. `load_config` also checks every rule that ties fields together, before any expensive work.
+
+Progress is counted in images everywhere, so a setting means the same on one rank and on a thousand.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import List, Optional
+
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+OBJECTIVES = ("prox", "score")
+PRECISIONS = ("auto", "fp32", "bf16")
+LR_SCHEDULES = ("cosine", "constant")
+
+
+@dataclass
+class DataConfig:
+    shards: str = "portraits"  # folder of img2dataset tar shards, or "portraits": draw the embedded data set on first use
+    portraits_dir: str = "data/portraits"  # folder the drawn portraits are kept in, one subfolder per recipe
+    num_images: int = 12_000  # portraits to draw (images); other data sets are taken whole
+    portraits_seed: int = 0  # seed of the drawings
+    shard_size: int = 1_000  # portraits per tar file (images)
+    image_size: int = 64  # side of the square training images (pixels); larger images are resized and cropped
+    cache_latents: bool = True  # encode the whole data set once and keep its latents in memory (data sets that fit)
+    text_cache_gib: float = 1.0  # keep all captions' embeddings in memory when they take less than this (GiB per rank)
+    flip: bool = False  # mirror images at random; needs cache_latents=false
+    workers: int = 2  # loader processes per rank (0: load in the training process); unused with cache_latents
+
+
+@dataclass
+class ModelConfig:
+    preset: str = "portraits"  # name in proxt2i.models.uvit.PRESETS; the fields below override it (null: the preset's)
+    components: Optional[str] = None  # model folder with vae/, text_encoder/, tokenizer/; null: the embedded ones
+    embed_dim: Optional[int] = None  # width of the U-ViT
+    depth: Optional[int] = None  # number of blocks (odd: in-blocks, one middle, out-blocks)
+    num_heads: Optional[int] = None  # attention heads; must divide embed_dim
+    patch_size: Optional[int] = None  # side of a patch (latent pixels)
+    qk_norm: Optional[bool] = None  # normalise queries and keys
+    gradient_checkpointing: Optional[bool] = None  # recompute activations in the backward pass: less memory, ~1/3 slower
+
+
+@dataclass
+class DiffusionConfig:
+    objective: str = "prox"  # prox (proximal matching) or score (the eps-MSE baseline)
+    plan: str = "hybrid"  # sampling plan whose (t, lambda) pairs are trained
+    step_counts: List[int] = field(default_factory=lambda: [4, 5, 6, 8, 10, 20])  # step counts N to train for
+    step_weights: Optional[List[float]] = None  # chance of each step count, up to a factor; null: equal
+    grid: str = "uniform"  # time grid of the plans
+    beta_min: float = 0.1  # beta(0) of the variance-preserving diffusion
+    beta_max: float = 20.0  # beta(1)
+    zeta: float = 1.0  # width of the proximal matching loss (noise standard deviations)
+    l1_images: int = 0  # train with the L1 loss for this long first (images)
+    caption_dropout: float = 0.1  # chance that a caption is replaced by "" (trains the null branch of guidance)
+
+
+@dataclass
+class OptimConfig:
+    lr: float = 2e-3  # peak learning rate of AdamW
+    betas: List[float] = field(default_factory=lambda: [0.9, 0.99])  # AdamW's running-average factors
+    eps: float = 1e-8  # AdamW's denominator floor
+    weight_decay: float = 0.01  # decoupled decay, on matrices only (no biases, norms or position embeddings)
+    schedule: str = "cosine"  # after the warm-up: cosine (down to lr * final_lr) or constant
+    warmup_images: int = 10_000  # linear warm-up from 0 (images)
+    final_lr: float = 0.0  # learning rate at the end of the cosine, as a fraction of lr
+    grad_clip: float = 1.0  # largest global gradient norm; 0: no clipping
+    ema_half_life: int = 10_000  # half-life of the averaged weights (images)
+    ema_ramp: float = 0.1  # the half-life is at most this fraction of the images seen so far
+
+
+@dataclass
+class TrainConfig:
+    run_dir: str = "runs/portraits"  # everything the run writes
+    seed: int = 0  # seed of initial weights, data order, noise, dropout
+    images: int = 500_000  # length of the run (images)
+    batch_size: int = 128  # images per optimiser step, all ranks together
+    micro_batch: Optional[int] = None  # images per forward pass and rank; null: batch_size / ranks (no accumulation)
+    precision: str = "auto"  # auto (bf16 on GPU, fp32 on CPU), fp32 or bf16: autocast only, parameters stay fp32
+    threads: int = 0  # CPU threads per rank; 0: cores / ranks on this machine
+    max_bad_steps: int = 20  # stop once this many steps were skipped for a non-finite gradient
+    log_every: int = 2_560  # write statistics this often (images)
+    checkpoint_every: int = 50_000  # save a checkpoint this often (images)
+    keep_checkpoints: int = 2  # newest checkpoints to keep
+    tensorboard: bool = True  # write TensorBoard events beside stats.jsonl
+
+
+@dataclass
+class SampleConfig:
+    every: int = 50_000  # draw the sample grid this often (images); 0: never
+    prompts: List[str] = field(default_factory=lambda: [
+        "a smiling woman with long red hair and glasses",
+        "a man with short black hair and a beard",
+        "a woman with blond hair wearing a hat",
+        "a bald man with glasses, not smiling",
+    ])  # one row of the grid each
+    per_prompt: int = 4  # images per prompt (columns of the grid)
+    seed: int = 0  # image i of the grid uses noise seed `seed + i`
+    steps: int = 8  # sampling steps
+    guidance: float = 2.0  # guidance scale; 1: none
+    plan: str = "hybrid"  # sampling plan
+
+
+@dataclass
+class Config:
+    data: DataConfig = field(default_factory=DataConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    diffusion: DiffusionConfig = field(default_factory=DiffusionConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    sample: SampleConfig = field(default_factory=SampleConfig)
+
+
+def load_config(file: str | Path | None = None, overrides: list[str] = (), world_size: int = 1) -> Config:
+    """Defaults, then `file` (YAML), then `overrides` ("section.key=value"); checked by `validate`.
+
+    Raises ValueError for an unreadable file, an unknown key, a wrong type or a broken rule.
+    """
+    config = OmegaConf.structured(Config)
+    if file is not None:
+        for key, value in _leaves(_read_yaml(Path(file)), source=str(file)):
+            _assign(config, key, value, source=str(file))
+    for override in overrides:
+        key, equals, text = override.partition("=")
+        if not equals or "." not in key:
+            raise ValueError(f"override {override!r}: expected section.key=value, for example optim.lr=1e-3")
+        _assign(config, key, _parse_value(override, text), source=f"override {override!r}")
+    config = OmegaConf.to_object(config)
+    validate(config, world_size)
+    return config
+
+
+def to_yaml(config: Config) -> str:
+    return OmegaConf.to_yaml(OmegaConf.structured(config))
+
+
+def field_names() -> list[str]:
+    """Every dotted key, e.g. "optim.lr"."""
+    return [f"{section.name}.{key.name}" for section in dataclasses.fields(Config)
+            for key in dataclasses.fields(section.default_factory)]
+
+
+def validate(config: Config, world_size: int = 1) -> None:
+    """Check the rules that types cannot express. Raises ValueError naming the field and the fix."""
+    _validate_ranges(config)
+    _validate_batch(config.train, world_size)
+    _validate_plans(config)
+    if config.data.flip and config.data.cache_latents:
+        raise ValueError("data.flip mirrors images, but data.cache_latents keeps only their latents: set one of them to false")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Reading: plain values in, one typed field at a time, so that an error knows where the value came from.
+
+
+def _read_yaml(path: Path) -> dict:
+    if not path.is_file():
+        raise ValueError(f"config file {path} does not exist")
+    try:
+        loaded = OmegaConf.to_container(OmegaConf.load(path))
+    except Exception as error:  # yaml and OmegaConf raise many kinds
+        raise ValueError(f"config file {path} is not valid YAML: {error}") from None
+    if not isinstance(loaded, dict):
+        raise ValueError(f"config file {path} must hold sections ({', '.join(_sections())}), not a {type(loaded).__name__}")
+    return loaded
+
+
+def _leaves(tree: dict, source: str):
+    """(dotted key, value) pairs of a two-level mapping."""
+    for section, values in tree.items():
+        if section not in _sections():
+            raise ValueError(_unknown(str(section), source, _sections()))
+        if values is None:
+            continue
+        if not isinstance(values, dict):
+            raise ValueError(f"{source}: section {section} must hold `key: value` lines, got {values!r}")
+        for key, value in values.items():
+            yield f"{section}.{key}", value
+
+
+def _parse_value(override: str, text: str):
+    try:
+        return OmegaConf.to_container(OmegaConf.from_dotlist([f"value={text}"]))["value"]
+    except Exception as error:
+        raise ValueError(f"override {override!r}: cannot read the value: {error}") from None
+
+
+def _assign(config, key: str, value, source: str) -> None:
+    if key not in field_names():
+        raise ValueError(_unknown(key, source, field_names()))
+    section, name = key.split(".")
+    try:
+        OmegaConf.update(config, key, value, merge=False)
+    except OmegaConfBaseException:
+        expected = Config.__dataclass_fields__[section].default_factory.__dataclass_fields__[name].type
+        raise ValueError(f"{source}: {key} must be {expected}, got {value!r} ({type(value).__name__})") from None
+
+
+def _unknown(key: str, source: str, names: list[str]) -> str:
+    close = difflib.get_close_matches(key, names, n=1, cutoff=0.5)
+    if not close and "." in key:  # right key, wrong section
+        close = [name for name in names if name.split(".")[1] == key.split(".")[1]]
+    hint = f"did you mean {close[0]}?" if close else f"valid: {', '.join(names)}"
+    return f"{source}: unknown key {key}; {hint}"
+
+
+def _sections() -> list[str]:
+    return [section.name for section in dataclasses.fields(Config)]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Rules.
+
+
+def _validate_ranges(config: Config) -> None:
+    positive = ("data.num_images", "data.shard_size", "data.image_size", "optim.lr", "optim.eps", "optim.ema_half_life",
+                "diffusion.zeta", "diffusion.beta_max", "train.images", "train.batch_size", "train.max_bad_steps",
+                "train.log_every", "train.checkpoint_every", "train.keep_checkpoints", "sample.per_prompt", "sample.steps")
+    not_negative = ("data.workers", "data.text_cache_gib", "optim.weight_decay", "optim.warmup_images", "optim.grad_clip",
+                    "optim.ema_ramp", "diffusion.beta_min", "diffusion.l1_images", "train.threads", "sample.every")
+    fractions = ("diffusion.caption_dropout", "optim.final_lr")
+    choices = {"diffusion.objective": OBJECTIVES, "train.precision": PRECISIONS, "optim.schedule": LR_SCHEDULES}
+    for key in positive:
+        if not _get(config, key) > 0:
+            raise ValueError(f"{key} must be positive, got {_get(config, key)}")
+    for key in not_negative:
+        if not _get(config, key) >= 0:
+            raise ValueError(f"{key} must not be negative, got {_get(config, key)}")
+    for key in fractions:
+        if not 0 <= _get(config, key) <= 1:
+            raise ValueError(f"{key} must lie in [0, 1], got {_get(config, key)}")
+    for key, names in choices.items():
+        if _get(config, key) not in names:
+            raise ValueError(f"{key} must be one of {', '.join(names)}; got {_get(config, key)!r}")
+    betas = config.optim.betas
+    if len(betas) != 2 or not all(0 <= beta < 1 for beta in betas):
+        raise ValueError(f"optim.betas must be two numbers in [0, 1), got {betas}")
+    if config.optim.warmup_images >= config.train.images:
+        raise ValueError(f"optim.warmup_images ({config.optim.warmup_images}) must be less than train.images ({config.train.images})")
+    if not config.sample.prompts or not all(prompt.strip() for prompt in config.sample.prompts):
+        raise ValueError("sample.prompts must hold at least one prompt and no empty one")
+
+
+def _validate_batch(train: TrainConfig, world_size: int) -> None:
+    if train.batch_size % world_size:
+        raise ValueError(f"train.batch_size ({train.batch_size}) must be divisible by the number of ranks ({world_size}); "
+                         f"the nearest is {max(1, round(train.batch_size / world_size)) * world_size}")
+    per_rank = train.batch_size // world_size
+    if train.micro_batch is not None and (train.micro_batch < 1 or per_rank % train.micro_batch):
+        raise ValueError(f"train.micro_batch ({train.micro_batch}) must divide train.batch_size / ranks ({per_rank})")
+
+
+def _validate_plans(config: Config) -> None:
+    from proxt2i.diffusion.plan import make_plan  # imports torch: only once the cheap checks have passed
+    from proxt2i.diffusion.schedule import VPSchedule
+
+    diffusion, sample = config.diffusion, config.sample
+    if not diffusion.step_counts or min(diffusion.step_counts) < 1:
+        raise ValueError(f"diffusion.step_counts must be positive whole numbers, got {diffusion.step_counts}")
+    weights = diffusion.step_weights
+    if weights is not None and (len(weights) != len(diffusion.step_counts) or min(weights) < 0 or sum(weights) <= 0):
+        raise ValueError(f"diffusion.step_weights must hold one weight >= 0 for each of diffusion.step_counts "
+                         f"({len(diffusion.step_counts)}), got {weights}")
+    if not diffusion.beta_min < diffusion.beta_max:
+        raise ValueError(f"diffusion.beta_min ({diffusion.beta_min}) must be less than diffusion.beta_max ({diffusion.beta_max})")
+    schedule = VPSchedule(diffusion.beta_min, diffusion.beta_max)
+    wanted = [("diffusion.plan with diffusion.step_counts", diffusion.plan, steps) for steps in diffusion.step_counts]
+    wanted.append(("sample.plan with sample.steps", sample.plan, sample.steps))
+    for field_name, plan, steps in wanted:
+        try:
+            make_plan(plan, steps, schedule, diffusion.grid)
+        except ValueError as error:
+            raise ValueError(f"{field_name}={steps}: {error}") from None
+
+
+def _get(config: Config, key: str):
+    section, name = key.split(".")
+    return getattr(getattr(config, section), name)

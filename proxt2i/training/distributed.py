@@ -1,0 +1,113 @@
+"""Starting the ranks, and the few collective operations the trainer needs.
+
+Works under the `deepspeed` launcher, under `torchrun`, and in a plain `python` process (one rank).
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+
+
+@dataclass(frozen=True)
+class Ranks:
+    rank: int
+    world_size: int
+    local_rank: int
+    device: torch.device
+
+    @property
+    def is_first(self) -> bool:
+        return self.rank == 0
+
+
+def world_size_from_env() -> int:
+    """Number of ranks according to the launcher, before anything is started."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def start(threads: int = 0) -> Ranks:
+    """Join the other ranks and claim this rank's device. `threads`: CPU threads of this rank, 0 = cores / local ranks."""
+    on_gpu = torch.cuda.is_available()
+    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+    if "RANK" not in os.environ:  # plain python: one rank
+        os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(_free_port()))
+    _limit_threads(threads)
+    os.environ.setdefault("DS_ACCELERATOR", "cuda" if on_gpu else "cpu")
+    import deepspeed
+
+    if not on_gpu:
+        # Without this DeepSpeed compiles a shared-memory all-reduce at the first start (about a minute); gloo will do.
+        deepspeed.ops.__compatible_ops__ = {}
+    else:
+        torch.cuda.set_device(local_rank)
+    deepspeed.init_distributed(dist_backend="nccl" if on_gpu else "gloo", verbose=False)
+    device = torch.device("cuda", local_rank) if on_gpu else torch.device("cpu")
+    return Ranks(dist.get_rank(), dist.get_world_size(), local_rank, device)
+
+
+def stop() -> None:
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def first_rank_does(ranks: Ranks, work):
+    """Rank 0 calls `work()` while the others wait; every rank gets its (picklable) result, or its ValueError."""
+    outcome = [None, None]
+    if ranks.is_first:
+        try:
+            outcome[0] = work()
+        except ValueError as error:
+            outcome[1] = str(error)
+    dist.broadcast_object_list(outcome, src=0)
+    if outcome[1] is not None:
+        raise ValueError(outcome[1])
+    return outcome[0]
+
+
+def gather_objects(value) -> list:
+    """Every rank's `value` (picklable), in rank order, on every rank."""
+    values = [None] * dist.get_world_size()
+    dist.all_gather_object(values, value)
+    return values
+
+
+class StopFlag:
+    """Set by SIGTERM or SIGINT in any rank, seen by all ranks at the same step."""
+
+    def __init__(self, ranks: Ranks):
+        self._received = 0
+        self._device = ranks.device
+        self._previous = {number: signal.signal(number, self._on_signal) for number in (signal.SIGTERM, signal.SIGINT)}
+
+    def _on_signal(self, number, frame):
+        self._received = number
+
+    def reduced(self) -> int:
+        """The signal that some rank received, or 0. Collective: every rank calls it at the same step."""
+        flag = torch.tensor(self._received, device=self._device)
+        dist.all_reduce(flag, op=dist.ReduceOp.MAX)
+        return int(flag)
+
+    def restore_handlers(self) -> None:
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+
+
+def _limit_threads(threads: int) -> None:
+    local_ranks = int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or "1")
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    threads = threads or max(1, cores // local_ranks)
+    os.environ["OMP_NUM_THREADS"] = str(threads)  # for OpenMP libraries loaded after torch
+    torch.set_num_threads(threads)
+
+
+def _free_port() -> int:
+    with socket.socket() as server:
+        server.bind(("127.0.0.1", 0))
+        return server.getsockname()[1]
