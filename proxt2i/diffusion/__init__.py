@@ -1,0 +1,17 @@
+"""The mathematics: schedule, plans, the proximal sampler, proximal matching, and the score baseline."""
+
+from .matching import LOSSES, PairSampler, noised, proximal_matching_loss, sample_mse
+from .plan import PLANS, Plan, make_plan, time_grid
+from .proximal import guided, sample, trajectory
+from .schedule import VPSchedule
+from .score import (
+    SCORE_SAMPLERS, ScorePlan, TimeSampler, ddim, ddpm, eps_from_prox, euler_maruyama, euler_ode,
+    prox_from_eps, sample_score, score_loss, score_plan,
+)
+
+__all__ = [
+    "LOSSES", "PLANS", "SCORE_SAMPLERS", "PairSampler", "Plan", "ScorePlan", "TimeSampler", "VPSchedule",
+    "ddim", "ddpm", "eps_from_prox", "euler_maruyama", "euler_ode", "guided", "make_plan", "noised",
+    "prox_from_eps", "proximal_matching_loss", "sample", "sample_mse", "sample_score", "score_loss",
+    "score_plan", "time_grid", "trajectory",
+]

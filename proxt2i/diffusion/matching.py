@@ -1,0 +1,89 @@
+"""Learning the prox: training pairs and the proximal matching loss (LPN, ProxDM eq. 7-8, ProxT2I).
+
+    y = sqrt(alpha_t) x_0 + sqrt(1 - alpha_t) e + sqrt(lam) n        loss(eps_theta(y, t, lam, c), n)
+
+The target is n, the noise added for the prox: neither e nor the sum of both.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from .plan import check_name, make_plan
+from .schedule import VPSchedule
+
+LOSSES = ("prox", "l1", "l2")
+
+
+class PairSampler:
+    """Draws (t, lam) from the rows of the plans we sample with: training pairs are the sampler's own queries.
+
+    A step count N is drawn with probability proportional to `weights` (default: equal), then k uniformly in 1..N.
+    (ProxDM draws likewise, from larger step counts; the default counts are ours.)
+
+    table: list of (t, lam, (N, k)), one row a bucket;  probabilities: float64 [rows];
+    bucket_names: "N4/k3", ...
+    """
+
+    def __init__(self, step_counts: Sequence[int] = (4, 5, 6, 8, 10, 20), plan: str = "hybrid",
+                 schedule: VPSchedule = VPSchedule(), weights: Sequence[float] | None = None, grid="uniform"):
+        if not step_counts or len(set(step_counts)) != len(step_counts):
+            raise ValueError(f"step_counts={tuple(step_counts)}: need at least one, each once")
+        weights = [1.0] * len(step_counts) if weights is None else [float(w) for w in weights]
+        if len(weights) != len(step_counts) or min(weights) < 0 or not 0 < sum(weights) < float("inf"):
+            raise ValueError(f"weights={weights}: need one per step count {tuple(step_counts)}, "
+                             "none negative, not all 0")
+        self.table, probabilities = [], []
+        for num_steps, weight in zip(step_counts, weights):
+            p = make_plan(plan, num_steps, schedule, grid)
+            self.table += [(t, lam, (num_steps, num_steps - i)) for i, (t, lam) in enumerate(zip(p.t, p.lam))]
+            probabilities += [weight / sum(weights) / num_steps] * num_steps
+        self.bucket_names = [f"N{num_steps}/k{k}" for _, _, (num_steps, k) in self.table]
+        self.probabilities = torch.tensor(probabilities, dtype=torch.float64)
+        self._inner_edges = self.probabilities.cumsum(0)[:-1]
+        self._t, self._lam = (torch.tensor(column, dtype=torch.float32) for column in list(zip(*self.table))[:2])
+
+    def draw(self, u: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """One pair per uniform, nothing else random: u in [0, 1), [B] -> t, lam float32, bucket int64, each [B]."""
+        bucket = torch.searchsorted(self._inner_edges.to(u.device), u.double(), right=True)
+        return self._t.to(u.device)[bucket], self._lam.to(u.device)[bucket], bucket
+
+
+def noised(x0: Tensor, t: Tensor, lam: Tensor, e: Tensor, n: Tensor, schedule: VPSchedule = VPSchedule()) -> Tensor:
+    """The network's input y = sqrt(alpha_t) x0 + sqrt(1 - alpha_t) e + sqrt(lam) n.
+
+    x0, e, n: [B, ...], e and n independent N(0, I);  t, lam: [B].  float32 (float64 if x0 is).
+    """
+    x0 = _wide(x0)
+    variances = schedule.alpha(t), schedule.one_minus_alpha(t), lam
+    signal, noise, prox_noise = (v.sqrt().to(x0.dtype).reshape(-1, *[1] * (x0.dim() - 1)) for v in variances)
+    return signal * x0 + noise * e + prox_noise * n
+
+
+def proximal_matching_loss(eps: Tensor, n: Tensor, zeta: float = 1.0, kind: str = "prox") -> Tensor:
+    """Loss of each sample, [B], in float32 (float64 if eps is).  eps, n: [B, ...], any float dtype.
+
+    kind "prox": 1 - exp(-mse / zeta^2), mse the mean over a sample's elements (ProxDM eq. 7). Its gradient is the
+        mse's times exp(-mse / zeta^2) / zeta^2: samples already fitted count most. zeta -> 0 leads to the mode of n
+        given y, zeta -> inf to its mean.
+    kind "l1": mean |eps - n| (ProxDM's first training phase).   kind "l2": the mse.
+    """
+    check_name("loss kind", kind, LOSSES)
+    if kind == "l1":
+        return (_wide(eps) - n).abs().flatten(1).mean(1)
+    mse = sample_mse(eps, n)
+    if kind == "l2":
+        return mse
+    if not zeta > 0:
+        raise ValueError(f"zeta={zeta}: need a positive number")
+    return -torch.expm1(-mse / zeta**2)
+
+
+def sample_mse(eps: Tensor, n: Tensor) -> Tensor:
+    """Mean squared error of each sample: [B, ...], [B, ...] -> [B] in float32 (float64 if eps is)."""
+    return (_wide(eps) - n).square().flatten(1).mean(1)
+
+
+def _wide(x: Tensor) -> Tensor:
+    return x if x.dtype == torch.float64 else x.float()

@@ -1,0 +1,119 @@
+"""Plans: the table of numbers that the trainer, the sampler and the kernels share.
+
+A sampler of N steps on the times 0 = t_0 < ... < t_N = 1 repeats, for k = N, ..., 1,
+
+    y_k = a_k x_k + b_k z_k            x_{k-1} = prox_{-lam_k ln p_{t_{k-1}}}(y_k)
+
+and a plan is the list of its rows (t_{k-1}, lam_k, a_k, b_k). With gamma_k = integral of beta from t_{k-1} to t_k:
+
+    name                 a              b                      lam                            source
+    hybrid               1 + gamma/2    sqrt(gamma)            gamma                          ProxDM, ProxT2I
+    backward             1/(1-gamma/2)  sqrt(gamma)/(1-gamma/2)  gamma/(1-gamma/2)            ProxDM (PDA)
+    variance_preserving  1 + gamma/2    sqrt(gamma)            sqrt((1+gamma/2)^2+gamma) - 1  ours: keeps N(0, I)
+    ode                  1 + gamma/2    0                      gamma/2                        ours: probability flow
+"""
+
+import difflib
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from .schedule import VPSchedule
+
+Grid = str | Callable[[float], float] | Sequence[float]
+
+
+def _hybrid(gamma):
+    return gamma, 1 + gamma / 2, math.sqrt(gamma)
+
+
+def _backward(gamma):
+    shrink = 1 - gamma / 2
+    return gamma / shrink, 1 / shrink, math.sqrt(gamma) / shrink
+
+
+def _variance_preserving(gamma):
+    # var(y) = (1 + gamma/2)^2 + gamma = (1 + lam)^2 for unit-variance x; the prox of N(0, I) divides y by 1 + lam
+    return math.sqrt((1 + gamma / 2) ** 2 + gamma) - 1, 1 + gamma / 2, math.sqrt(gamma)
+
+
+def _ode(gamma):
+    return gamma / 2, 1 + gamma / 2, 0.0
+
+
+_ROWS = {"hybrid": _hybrid, "backward": _backward, "variance_preserving": _variance_preserving, "ode": _ode}
+PLANS = tuple(_ROWS)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Rows in sampling order k = N, ..., 1, as tuples of N floats.
+
+    t: the time t_{k-1} of the density whose prox is taken (the smaller time; the last is exactly 0);
+    lam: the prox's step size; a, b: scale of x and of the fresh noise that make the prox's input y.
+    """
+
+    name: str
+    num_steps: int
+    t: tuple[float, ...]
+    lam: tuple[float, ...]
+    a: tuple[float, ...]
+    b: tuple[float, ...]
+
+
+def make_plan(name: str, num_steps: int, schedule: VPSchedule = VPSchedule(), grid: Grid = "uniform") -> Plan:
+    """The plan `name` (one of PLANS) with `num_steps` steps on `grid` (see `time_grid`).
+
+    Raises ValueError for an unknown name, a step count below 1, a bad grid, or too few steps for "backward",
+    whose every gamma_k must be below 2.
+    """
+    check_name("plan", name, PLANS)
+    times = time_grid(num_steps, grid)
+    gammas = _gammas(times, schedule)
+    if name == "backward" and max(gammas) >= 2:
+        raise ValueError(_too_few_steps(num_steps, max(gammas), schedule, grid))
+    lam, a, b = zip(*(_ROWS[name](gamma) for gamma in reversed(gammas)))
+    return Plan(name, num_steps, tuple(reversed(times[:-1])), lam, a, b)
+
+
+def time_grid(num_steps: int, grid: Grid = "uniform") -> tuple[float, ...]:
+    """Times t_0 = 0 < t_1 < ... < t_N = 1.
+
+    grid: "uniform" (t_k = k/N), a function that warps [0, 1] onto itself (t_k = grid(k/N), e.g.
+    `lambda u: u**1.5`), or the N + 1 times themselves.
+    """
+    if isinstance(num_steps, bool) or not isinstance(num_steps, int) or num_steps < 1:
+        raise ValueError(f"num_steps={num_steps!r}: need an integer of at least 1")
+    uniform = tuple(k / num_steps for k in range(num_steps + 1))
+    if isinstance(grid, str):
+        check_name("grid", grid, ("uniform",))
+        return uniform
+    times = tuple(float(t) for t in (map(grid, uniform) if callable(grid) else grid))
+    if len(times) != num_steps + 1:
+        raise ValueError(f"grid has {len(times)} times; num_steps={num_steps} needs {num_steps + 1}, both ends in")
+    if times[0] != 0 or times[-1] != 1 or not all(s < t for s, t in zip(times, times[1:])):
+        raise ValueError(f"grid must rise strictly from exactly 0 to exactly 1, got {times}")
+    return times
+
+
+def check_name(field: str, name: str, valid: Sequence[str]) -> None:
+    """ValueError that lists the valid names, and the nearest, unless `name` is one of them."""
+    if name in valid:
+        return
+    near = difflib.get_close_matches(str(name), valid, n=1, cutoff=0.4)
+    hint = f" (did you mean {near[0]!r}?)" if near else ""
+    raise ValueError(f"unknown {field} {name!r}{hint}; valid: {', '.join(valid)}")
+
+
+def _gammas(times, schedule):
+    return [schedule.beta_integral(s, t) for s, t in zip(times, times[1:])]
+
+
+def _too_few_steps(num_steps, worst, schedule, grid):
+    problem = f'plan "backward" needs every gamma_k < 2, but num_steps={num_steps} has one of {worst:.3f}'
+    if not (isinstance(grid, str) or callable(grid)):
+        return f"{problem}; use more, closer times in grid or another plan"
+    enough = (n for n in range(1, 10_000) if max(_gammas(time_grid(n, grid), schedule)) < 2)
+    smallest = next(enough, None)
+    fix = f"the smallest valid num_steps on this grid is {smallest}" if smallest else "no num_steps will do"
+    return f"{problem}; {fix} (the other plans take any)"
