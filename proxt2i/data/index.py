@@ -38,13 +38,13 @@ _NUM_EXAMPLES = 5                                             # dropped samples 
 _POOL_FROM = 64                                               # shards to scan from which processes pay
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Writing.
 
 def write_atomically(path: Path, data: bytes | str) -> None:
     """Replace `path` by `data` at once: temporary name, fsync, rename."""
     data = data.encode() if isinstance(data, str) else data
-    tmp = path.with_name(f".{path.name}.tmp-{os.getpid()}")
+    tmp = _temporary(path)
     try:
         with open(tmp, "wb") as f:
             f.write(data)
@@ -53,6 +53,10 @@ def write_atomically(path: Path, data: bytes | str) -> None:
         os.replace(tmp, path)
     finally:
         tmp.unlink(missing_ok=True)
+
+
+def _temporary(path: Path) -> Path:
+    return path.with_name(f".{path.name}.tmp-{os.urandom(4).hex()}")     # hidden, so that no reader takes it for a shard
 
 
 def write_samples(folder: str | os.PathLike, samples: Iterable[dict], shard_size: int = 1000,
@@ -81,7 +85,7 @@ def write_samples(folder: str | os.PathLike, samples: Iterable[dict], shard_size
     try:
         while (sample := next(iterator, None)) is not None:
             path = folder / f"{len(finished):05d}.tar"
-            tmp = folder / f".{path.name}.tmp-{os.getpid()}"
+            tmp = _temporary(path)
             finished.append((tmp, path))
             keys: set[str] = set()
             with open(tmp, "wb") as f:
@@ -117,7 +121,7 @@ def _encode_sample(sample: dict, image_format: str, keys: set[str]) -> dict:
     return fields
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # The index.
 
 @dataclass
@@ -143,7 +147,7 @@ class ShardIndex:
 
     @cached_property
     def digest(self) -> str:
-        """Identifies the samples (shard names and sizes, keys, byte ranges): equal for an untouched copy of the data."""
+        """Identifies the samples (shard names and sizes, keys, byte ranges); a copy of the data has the same."""
         h = hashlib.sha256(json.dumps([[p.name, size] for p, (size, _) in zip(self.shards, self.stamps)]).encode())
         for array in (self.shard, self.keys, self.spans):
             h.update(str(array.dtype).encode() + np.ascontiguousarray(array).tobytes())
@@ -176,8 +180,8 @@ def index_shards(data: str | os.PathLike | Sequence[str | os.PathLike], *, cache
         entries |= _index_folder(folder, [p for p in shards if p.parent == folder], cache_dir, num_workers)
     index = _assemble(shards, [entries[path] for path in shards])
     if len(index) == 0:
-        raise ValueError(f"{data}: no usable sample. {index.summary()}. A sample needs KEY.jpg|jpeg|png|webp and KEY.txt "
-                         f"(or \"caption\" in KEY.json)")
+        raise ValueError(f"{data}: no usable sample. {index.summary()}. A sample needs KEY.jpg|jpeg|png|webp and "
+                         f"KEY.txt (or \"caption\" in KEY.json)")
     if index.dropped or index.damaged:
         log.warning("%s: %s", shards[0].parent, index.summary())
     return index
@@ -285,7 +289,7 @@ def _assemble(shards: list[Path], entries: list[dict]) -> ShardIndex:
         damaged=[f"{path.name} {e['damage']}" for path, e in zip(shards, entries) if e["damage"]])
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Scanning one shard.
 
 def _scan(path: Path) -> dict:
