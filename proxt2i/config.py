@@ -31,10 +31,11 @@ class DataConfig:
     portraits_seed: int = 0  # seed of the drawings
     shard_size: int = 1_000  # portraits per tar file (images)
     image_size: int = 64  # side of the square training images (pixels); larger images are resized and cropped
-    cache_latents: bool = True  # encode the whole data set once and keep its latents in memory (data sets that fit)
-    text_cache_gib: float = 1.0  # keep all captions' embeddings in memory when they take less than this (GiB per rank)
+    cache_latents: bool = True  # encode images and captions once and keep the results in memory (data sets that fit)
+    cache_dir: str = "data/latents"  # folder those latents and the captions' embeddings are kept in between runs
     flip: bool = False  # mirror images at random; needs cache_latents=false
     workers: int = 2  # loader processes per rank (0: load in the training process); unused with cache_latents
+    max_bad: Optional[int] = None  # bad samples to skip before giving up (null: 1 % of the data set)
 
 
 @dataclass
@@ -86,7 +87,7 @@ class TrainConfig:
     micro_batch: Optional[int] = None  # images per forward pass and rank; null: batch_size / ranks (no accumulation)
     precision: str = "auto"  # auto (bf16 on GPU, fp32 on CPU), fp32 or bf16: autocast only, parameters stay fp32
     threads: int = 0  # CPU threads per rank; 0: cores / ranks on this machine
-    max_bad_steps: int = 20  # stop once this many steps were skipped for a non-finite gradient
+    max_bad_steps: int = 20  # stop after this many steps in a row with a non-finite gradient (each is skipped)
     log_every: int = 2_560  # write statistics this often (images)
     checkpoint_every: int = 50_000  # save a checkpoint this often (images)
     keep_checkpoints: int = 2  # newest checkpoints to keep
@@ -152,6 +153,7 @@ def validate(config: Config, world_size: int = 1) -> None:
     """Check the rules that types cannot express. Raises ValueError naming the field and the fix."""
     _validate_ranges(config)
     _validate_batch(config.train, world_size)
+    _validate_paths(config)
     _validate_plans(config)
     if config.data.flip and config.data.cache_latents:
         raise ValueError("data.flip mirrors images, but data.cache_latents keeps only their latents: set one of them to false")
@@ -224,7 +226,7 @@ def _validate_ranges(config: Config) -> None:
     positive = ("data.num_images", "data.shard_size", "data.image_size", "optim.lr", "optim.eps", "optim.ema_half_life",
                 "diffusion.zeta", "diffusion.beta_max", "train.images", "train.batch_size", "train.max_bad_steps",
                 "train.log_every", "train.checkpoint_every", "train.keep_checkpoints", "sample.per_prompt", "sample.steps")
-    not_negative = ("data.workers", "data.text_cache_gib", "optim.weight_decay", "optim.warmup_images", "optim.grad_clip",
+    not_negative = ("data.workers", "optim.weight_decay", "optim.warmup_images", "optim.grad_clip",
                     "optim.ema_ramp", "diffusion.beta_min", "diffusion.l1_images", "train.threads", "sample.every")
     fractions = ("diffusion.caption_dropout", "optim.final_lr")
     choices = {"diffusion.objective": OBJECTIVES, "train.precision": PRECISIONS, "optim.schedule": LR_SCHEDULES}
@@ -279,6 +281,14 @@ def _validate_plans(config: Config) -> None:
             make_plan(plan, steps, schedule, diffusion.grid)
         except ValueError as error:
             raise ValueError(f"{field_name}={steps}: {error}") from None
+
+
+def _validate_paths(config: Config) -> None:
+    shards, components = config.data.shards, config.model.components
+    if shards != "portraits" and not Path(shards).exists():
+        raise ValueError(f'data.shards: {shards} does not exist; give a folder of tar shards, or "portraits"')
+    if components is not None and not Path(components).is_dir():
+        raise ValueError(f"model.components: folder {components} does not exist")
 
 
 def _get(config: Config, key: str):

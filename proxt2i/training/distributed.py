@@ -5,9 +5,11 @@ Works under the `deepspeed` launcher, under `torchrun`, and in a plain `python` 
 
 from __future__ import annotations
 
+import logging
 import os
 import signal
 import socket
+import warnings
 from dataclasses import dataclass
 
 import torch
@@ -26,11 +28,6 @@ class Ranks:
         return self.rank == 0
 
 
-def world_size_from_env() -> int:
-    """Number of ranks according to the launcher, before anything is started."""
-    return int(os.environ.get("WORLD_SIZE", "1"))
-
-
 def start(threads: int = 0) -> Ranks:
     """Join the other ranks and claim this rank's device. `threads`: CPU threads of this rank, 0 = cores / local ranks."""
     on_gpu = torch.cuda.is_available()
@@ -38,6 +35,8 @@ def start(threads: int = 0) -> Ranks:
     if "RANK" not in os.environ:  # plain python: one rank
         os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(_free_port()))
     _limit_threads(threads)
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")  # DeepSpeed's calls, not ours
+    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
     os.environ.setdefault("DS_ACCELERATOR", "cuda" if on_gpu else "cpu")
     import deepspeed
 
@@ -78,12 +77,19 @@ def gather_objects(value) -> list:
 
 
 class StopFlag:
-    """Set by SIGTERM or SIGINT in any rank, seen by all ranks at the same step."""
+    """Set by SIGTERM or SIGINT in any rank, seen by all ranks at the same step. A context: signals are as before after it."""
 
     def __init__(self, ranks: Ranks):
         self._received = 0
         self._device = ranks.device
+
+    def __enter__(self) -> StopFlag:
         self._previous = {number: signal.signal(number, self._on_signal) for number in (signal.SIGTERM, signal.SIGINT)}
+        return self
+
+    def __exit__(self, *exception) -> None:
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
 
     def _on_signal(self, number, frame):
         self._received = number
@@ -93,10 +99,6 @@ class StopFlag:
         flag = torch.tensor(self._received, device=self._device)
         dist.all_reduce(flag, op=dist.ReduceOp.MAX)
         return int(flag)
-
-    def restore_handlers(self) -> None:
-        for number, handler in self._previous.items():
-            signal.signal(number, handler)
 
 
 def _limit_threads(threads: int) -> None:

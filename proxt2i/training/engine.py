@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import logging
 import math
 from pathlib import Path
 
@@ -81,7 +80,6 @@ def fill_deepspeed_json(loaded: dict, train: TrainConfig, optim: OptimConfig, wo
 
 def initialize(model: nn.Module, deepspeed_json: dict, optim: OptimConfig):
     """Wrap `model` in a DeepSpeed engine with torch's AdamW; weight decay on matrices only."""
-    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
     import deepspeed
 
     optimizer = torch.optim.AdamW(_parameter_groups(model, optim.weight_decay), lr=optim.lr, betas=tuple(optim.betas),

@@ -1,8 +1,8 @@
 """Random numbers that depend on (run seed, global sample position) alone.
 
 Sample `position` is the position-th image that the run trains on, counted over all ranks. Its noise, its (t, lambda)
-pair, its caption dropout and its mirroring are pure functions of (seed, position): they do not depend on the number of
-ranks, and a resumed run needs no generator state.
+pair and its caption dropout are pure functions of (seed, position): they do not depend on the number of ranks, and a
+resumed run needs no generator state.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from __future__ import annotations
 import numpy as np
 
 _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
-PAIR, DROPOUT, FLIP = range(1, 4)  # streams of `uniforms`
+PAIR, DROPOUT = 1, 2  # streams of `uniforms`
 
 
 def sample_seeds(run_seed: int, positions: np.ndarray) -> np.ndarray:

@@ -1,0 +1,84 @@
+"""Pretrain a text-to-image proximal model:  deepspeed proxt2i/train.py --deepspeed configs/zero2.json
+
+Also runs under `torchrun` and, on one rank, under plain `python`.
+"""
+
+import argparse
+import os
+import sys
+import time
+import traceback
+from pathlib import Path
+
+HERE = Path(__file__).resolve().parent
+# Started as a script, python puts this folder first on the path: our modules would shadow top-level packages.
+sys.path[:] = [entry for entry in sys.path if Path(entry or ".").resolve() != HERE]
+
+from proxt2i.config import load_config, to_yaml  # noqa: E402
+
+EXAMPLES = """\
+examples
+  one GPU, or one CPU rank with all cores; the default config is the portraits run:
+    deepspeed proxt2i/train.py --deepspeed configs/zero2.json
+  two CPU ranks (on a machine with GPUs: two GPUs):
+    deepspeed --num_gpus 2 proxt2i/train.py --deepspeed configs/zero2.json --config configs/demo.yaml
+  change single settings:
+    deepspeed proxt2i/train.py --deepspeed configs/zero2.json optim.lr=1e-3 train.run_dir=runs/slow
+  continue after a crash or Ctrl-C, from the newest intact checkpoint in train.run_dir:
+    deepspeed proxt2i/train.py --deepspeed configs/zero2.json --resume
+
+what it writes, in train.run_dir
+  config.yaml       the resolved config            checkpoints/   the newest few, named by images seen
+  stats.jsonl       one row per log interval       samples/       grids with fixed prompts and seeds
+  tensorboard/      the same, as curves            model/         the finished model, for python -m proxt2i.sample
+
+every setting and its meaning: proxt2i/config.py. Exit status: 0 finished, 2 wrong input, 128 + n stopped by signal n.
+"""
+
+
+def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], epilog=EXAMPLES, allow_abbrev=False,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="settings to change")
+    parser.add_argument("--deepspeed", metavar="JSON", default=str(HERE.parent / "configs" / "zero2.json"),
+                        help="DeepSpeed settings, ZeRO stage 1 or 2 (default: configs/zero2.json)")
+    parser.add_argument("--config", metavar="YAML", help="settings that differ from the defaults (the portraits run)")
+    parser.add_argument("--resume", nargs="?", const="auto", metavar="PATH",
+                        help="continue from a checkpoint folder; without PATH from the newest intact one of the run")
+    parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # the deepspeed launcher passes it
+    given = parser.parse_intermixed_args(arguments)
+    if given.resume and "=" in given.resume and not Path(given.resume).exists():  # --resume section.key=value
+        given.overrides.insert(0, given.resume)
+        given.resume = "auto"
+    return given
+
+
+def main(arguments: list[str] | None = None) -> int:
+    given = parse_arguments(arguments)
+    rank, world_size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+    try:
+        config = load_config(given.config, given.overrides, world_size)
+        from proxt2i.training.engine import read_deepspeed_json
+        from proxt2i.training.loop import train
+
+        deepspeed_json = read_deepspeed_json(given.deepspeed)
+        if rank == 0:
+            print(to_yaml(config), flush=True)
+        signal_number = train(config, deepspeed_json, given.resume)
+    except ValueError as error:
+        if not _is_ours(error):
+            raise
+        if rank != 0:
+            time.sleep(20)  # rank 0 reports the same, and its launcher ends the other ranks meanwhile
+        print(f"error: {error}", file=sys.stderr, flush=True)
+        return 2
+    return 128 + signal_number if signal_number else 0
+
+
+def _is_ours(error: Exception) -> bool:
+    """Whether the project raised it, about its input; any other is a bug and keeps its traceback."""
+    return HERE in Path(traceback.extract_tb(error.__traceback__)[-1].filename).resolve().parents
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,241 @@
+"""The training loop: batches in, checkpoints, statistics and a model folder out. Progress is counted in images."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import time
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file
+
+from proxt2i.config import Config, to_yaml
+from proxt2i.models.bundle import Bundle, save_bundle
+from proxt2i.models.uvit import UViT2DModel, build_uvit
+from proxt2i.training import distributed, engine as engines
+from proxt2i.training.checkpoint import Checkpoint, CheckpointStore, replace_text
+from proxt2i.training.distributed import Ranks, StopFlag
+from proxt2i.training.ema import EMA
+from proxt2i.training.feed import Feed
+from proxt2i.training.meter import Meter
+from proxt2i.training.objective import Objective
+from proxt2i.training.preview import draw_grid
+from proxt2i.training.tracking import Tracker
+
+
+def train(config: Config, deepspeed_json: dict, resume: str | None = None) -> int:
+    """Run training on this rank. Returns 0 when finished, or the number of the signal that interrupted it.
+
+    resume: None (the run folder must hold no checkpoints), "auto" (its newest intact checkpoint, or a fresh start when
+    it has none), or a checkpoint folder. Raises ValueError for input that cannot work, before training starts.
+    """
+    ranks = distributed.start(config.train.threads)
+    received = Trainer(config, deepspeed_json, resume, ranks).run()
+    distributed.stop()
+    return received
+
+
+class Trainer:
+    """One rank of a run. Weights under training, averaged weights, optimizer, data and reports, and how they are saved."""
+
+    def __init__(self, config: Config, deepspeed_json: dict, resume: str | None, ranks: Ranks):
+        self.config, self.ranks = config, ranks
+        self.run_dir = Path(config.train.run_dir)
+        self.store = CheckpointStore(self.run_dir, ranks, config.train.keep_checkpoints)
+        checkpoint = self._choose_checkpoint(resume)
+        self.images_seen = checkpoint.images_seen if checkpoint else 0
+        self.saved_at = self.images_seen
+        self.batch_size = config.train.batch_size
+        per_rank = self.batch_size // ranks.world_size
+        self.micro_batch = config.train.micro_batch or per_rank
+        self.bad_steps = self.bad_steps_in_a_row = 0
+
+        self.feed = Feed(config, ranks, per_rank)
+        self.objective = Objective(config.diffusion, config.train.seed)
+        self.uvit = self._build_uvit()
+        if checkpoint:
+            load_weights(self.uvit, checkpoint.folder / "uvit")
+        self.ema = EMA(self.uvit, config.optim.ema_half_life, config.optim.ema_ramp)
+        if checkpoint:
+            load_weights(self.ema.model, checkpoint.folder / "uvit_ema")
+
+        num_params = sum(p.numel() for p in self.uvit.parameters())
+        self.bf16 = config.train.precision == "bf16" or (config.train.precision == "auto" and ranks.device.type == "cuda")
+        filled = engines.fill_deepspeed_json(deepspeed_json, config.train, config.optim, ranks.world_size, num_params,
+                                             on_gpu=ranks.device.type == "cuda")
+        self.engine = engines.initialize(engines.Autocast(self.uvit, self.bf16), filled, config.optim)
+        if checkpoint:
+            engines.load_optimizer(self.engine, checkpoint.folder)
+        self._say(f"{num_params / 1e6:.2f} M parameters, {ranks.world_size} rank(s) on {ranks.device.type}, "
+                  f"{torch.get_num_threads()} CPU thread(s) each, {'bf16 autocast' if self.bf16 else 'fp32'}")
+        if ranks.is_first:
+            self.run_dir.mkdir(parents=True, exist_ok=True)
+            replace_text(self.run_dir / "config.yaml", to_yaml(config))
+            replace_text(self.run_dir / "deepspeed.json", json.dumps(filled, indent=2))
+            self.tracker = Tracker(self.run_dir, config.train.images, self.images_seen, config.train.tensorboard)
+
+    # -- the run ------------------------------------------------------------------------------------------------------
+
+    def run(self) -> int:
+        self.feed.open(self.images_seen, self._say)
+        self.meter = Meter(self.objective, self.ranks)
+        with StopFlag(self.ranks) as stop:
+            received = self._loop(stop)
+            if self.saved_at != self.images_seen:
+                self.save()
+        self.feed.close()
+        if received:
+            self._say(f"interrupted by signal {received} after {self.images_seen:,} images, all saved; "
+                      "continue with --resume")
+        else:
+            self._finish()
+        if self.ranks.is_first:
+            self.tracker.close()
+        return received
+
+    def _loop(self, stop: StopFlag) -> int:
+        train, sample_every = self.config.train, self.config.sample.every
+        received = 0
+        while self.images_seen < train.images and not received:
+            self.step()
+            received = stop.reduced()
+            if self._crossed(train.log_every):
+                self._log()
+            with self._paused():
+                if sample_every and self._crossed(sample_every):
+                    self._sample()
+                if self._crossed(train.checkpoint_every):
+                    self.save()
+        return received
+
+    def step(self) -> None:
+        """One optimiser step on `batch_size` images."""
+        engines.set_learning_rate(self.engine, self._learning_rate())
+        waiting = time.perf_counter()
+        batch = self.feed.next()
+        self.meter.data_seconds += time.perf_counter() - waiting
+        for part in batch.micro_batches(self.micro_batch):
+            example = self.objective.example(part.latents, part.positions)
+            text = self.objective.drop_captions(part.text, self.feed.null_text, part.positions)
+            eps = self.engine(example.y, example.t, example.lam, text)
+            losses = self.objective.loss(eps, example.target, self.images_seen)
+            self.engine.backward(losses.mean())
+            self.engine.step()
+            self.meter.add_losses(losses.detach(), example.bucket)
+        self.images_seen += self.batch_size
+        self.meter.images += self.batch_size
+        if self.engine.optimizer.overflow:  # DeepSpeed has skipped the step, on every rank alike
+            self._count_bad_step()
+        else:
+            self.bad_steps_in_a_row = 0
+            self.meter.grad_norms.append(float(self.engine.get_global_grad_norm()))
+            self.ema.update(self.images_seen, self.batch_size)
+        if self.ranks.is_first:
+            self.tracker.advance(self.batch_size)
+
+    def _count_bad_step(self) -> None:
+        self.bad_steps += 1
+        self.bad_steps_in_a_row += 1
+        self._say(f"non-finite gradient at {self.images_seen:,} images: step skipped ({self.bad_steps} so far)")
+        if self.bad_steps_in_a_row >= self.config.train.max_bad_steps:
+            raise ValueError(f"{self.bad_steps_in_a_row} steps in a row had a non-finite gradient: lower optim.lr, or "
+                             f"continue from an older checkpoint in {self.store.folder} with --resume PATH")
+
+    def _learning_rate(self) -> float:
+        return engines.learning_rate(self.config.optim, self.images_seen, self.config.train.images)
+
+    def _crossed(self, every: int) -> bool:
+        """Whether the last step passed a multiple of `every` images, or ended the run."""
+        return (self.images_seen // every != (self.images_seen - self.batch_size) // every
+                or self.images_seen >= self.config.train.images)
+
+    @contextlib.contextmanager
+    def _paused(self):
+        """Time that is not training: kept out of images/s."""
+        start = time.perf_counter()
+        yield
+        self.meter.paused_seconds += time.perf_counter() - start
+
+    # -- what it leaves behind ----------------------------------------------------------------------------------------
+
+    def _log(self) -> None:
+        row = self.meter.summary()
+        if self.ranks.is_first:
+            self.tracker.log({"images": self.images_seen, "lr": self._learning_rate(), "bad_steps": self.bad_steps,
+                              "bad_samples": self.feed.bad_samples, **row})
+
+    def _sample(self) -> None:
+        if self.ranks.is_first:
+            with torch.autocast(self.ranks.device.type, torch.bfloat16, enabled=self.bf16):
+                grid = draw_grid(self.ema.model, self.feed.text, self.feed.codec, self.config)
+            self.tracker.grid(self.images_seen, grid)
+
+    def save(self) -> None:
+        """Write a checkpoint. Collective."""
+        state = {"images_seen": self.images_seen, "world_size": self.ranks.world_size, "bad_steps": self.bad_steps,
+                 "config": asdict(self.config)}
+
+        def write_weights(folder: Path) -> None:
+            self.uvit.save_pretrained(folder / "uvit", max_shard_size="1TB")
+            self.ema.model.save_pretrained(folder / "uvit_ema", max_shard_size="1TB")
+
+        self.store.save(state, write_weights, lambda folder: engines.save_optimizer(self.engine, folder))
+        self.saved_at = self.images_seen
+
+    def _finish(self) -> None:
+        """Export the averaged weights with the frozen components as a model folder."""
+        if not self.ranks.is_first:
+            return
+        diffusion, sample = self.config.diffusion, self.config.sample
+        settings = {"plan": sample.plan, "num_steps": sample.steps, "guidance_scale": sample.guidance,
+                    "beta_min": diffusion.beta_min, "beta_max": diffusion.beta_max, "grid": diffusion.grid}
+        save_bundle(self.run_dir / "model", Bundle(self.ema.model, self.feed.text, self.feed.codec, settings))
+        self._say(f"finished {self.images_seen:,} images; model: {self.run_dir / 'model'}")
+
+    # -- set-up -------------------------------------------------------------------------------------------------------
+
+    def _choose_checkpoint(self, resume: str | None) -> Checkpoint | None:
+        if resume is None:
+            if distributed.first_rank_does(self.ranks, self.store.exist):
+                raise ValueError(f"{self.store.folder} already holds checkpoints: add --resume to continue that run, "
+                                 "or choose another train.run_dir")
+            return None
+        checkpoint = self.store.find(resume, self._say)
+        if checkpoint is None:
+            self._say(f"--resume: no checkpoint in {self.store.folder}; starting from the beginning")
+        else:
+            self._say(f"resuming from {checkpoint.folder} ({checkpoint.images_seen:,} images)")
+            for change in changed_settings(checkpoint.state["config"], asdict(self.config)):
+                self._say(f"  changed since that checkpoint: {change}")
+        return checkpoint
+
+    def _build_uvit(self) -> UViT2DModel:
+        """The network, the same on every rank, sized by the data, the codec and the text encoder."""
+        torch.manual_seed(self.config.train.seed)
+        codec, text = self.feed.codec, self.feed.text
+        settings = {key: value for key, value in asdict(self.config.model).items()
+                    if value is not None and key not in ("preset", "components")}
+        uvit = build_uvit(self.config.model.preset, sample_size=self.config.data.image_size // codec.factor,
+                          in_channels=codec.channels, text_dims=text.dims, text_lengths=text.lengths, **settings)
+        return uvit.to(self.ranks.device)
+
+    def _say(self, message: str) -> None:
+        if self.ranks.is_first:
+            print(message, flush=True)
+
+
+def load_weights(network: UViT2DModel, folder: Path) -> None:
+    """Load a diffusers weights folder in place. Raises ValueError if it belongs to a network of another shape."""
+    try:
+        network.load_state_dict(load_file(folder / "diffusion_pytorch_model.safetensors"))
+    except RuntimeError as error:
+        raise ValueError(f"{folder} does not fit the model section of the config: {error}") from None
+
+
+def changed_settings(old: dict, new: dict) -> list[str]:
+    """"section.key: old -> new" for every setting that differs, except the run folder's place."""
+    return [f"{section}.{key}: {old.get(section, {}).get(key)} -> {value}"
+            for section, values in new.items() for key, value in values.items()
+            if old.get(section, {}).get(key) != value and key != "run_dir"]

@@ -1,0 +1,63 @@
+"""What is learned: the prox by proximal matching, or the score baseline by noise prediction."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from proxt2i.config import DiffusionConfig
+from proxt2i.diffusion import PairSampler, TimeSampler, VPSchedule, noised, proximal_matching_loss, score_loss
+from proxt2i.ops import philox_normal
+from proxt2i.training.randomness import DROPOUT, PAIR, sample_seeds, uniforms
+
+
+@dataclass(frozen=True)
+class Example:
+    """Network inputs and target. y, target: float32 [B, C, H, W]; t, lam: float32 [B]; bucket: int64 [B] on the CPU."""
+
+    y: Tensor
+    t: Tensor
+    lam: Tensor
+    target: Tensor
+    bucket: Tensor
+
+
+class Objective:
+    """Makes training examples out of clean latents, and scores the network's answers. Knows nothing of ranks."""
+
+    def __init__(self, config: DiffusionConfig, run_seed: int):
+        self.config, self.run_seed = config, run_seed
+        self.schedule = VPSchedule(config.beta_min, config.beta_max)
+        self.is_score = config.objective == "score"
+        self.pairs = TimeSampler() if self.is_score else PairSampler(
+            config.step_counts, config.plan, self.schedule, config.step_weights, config.grid)
+        # Report by step count ("N4/k3" -> "N4"): the network may be good for 20 steps and bad for 4.
+        groups = [name.split("/")[0] for name in self.pairs.bucket_names]
+        self.group_names = list(dict.fromkeys(groups))
+        self.group_of_bucket = torch.tensor([self.group_names.index(group) for group in groups])
+
+    def example(self, x0: Tensor, positions: Tensor) -> Example:
+        """Noise x0 (float32 [B, C, H, W]); every random number is a function of (run seed, position)."""
+        seeds = sample_seeds(self.run_seed, positions.numpy())
+        t, lam, bucket = self.pairs.draw(torch.from_numpy(uniforms(seeds, PAIR)))
+        seeds = torch.from_numpy(seeds).to(x0.device)
+        t, lam = t.to(x0.device), lam.to(x0.device)
+        e = philox_normal(seeds, 0, x0.shape[1:])
+        n = e if self.is_score else philox_normal(seeds, 1, x0.shape[1:])  # the score's lam is 0: n has no weight
+        return Example(noised(x0, t, lam, e, n, self.schedule), t, lam, n, bucket)
+
+    def loss(self, eps: Tensor, target: Tensor, images_seen: int) -> Tensor:
+        """Loss of each sample: float32 [B]."""
+        if self.is_score:
+            return score_loss(eps, target)
+        kind = "l1" if images_seen < self.config.l1_images else "prox"
+        return proximal_matching_loss(eps, target, self.config.zeta, kind)
+
+    def drop_captions(self, text: list[Tensor], null_text: list[Tensor], positions: Tensor) -> list[Tensor]:
+        """Replace a share `caption_dropout` of the embeddings [B, L_i, D_i] by the empty caption's [1, L_i, D_i]."""
+        drop = uniforms(sample_seeds(self.run_seed, positions.numpy()), DROPOUT) < self.config.caption_dropout
+        drop = torch.from_numpy(np.asarray(drop)).to(text[0].device)[:, None, None]
+        return [torch.where(drop, null, embedding) for embedding, null in zip(text, null_text)]

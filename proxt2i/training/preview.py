@@ -1,0 +1,29 @@
+"""The sample grid: fixed prompts and fixed seeds, so that grids of one run show the same noise becoming better images."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+
+from proxt2i.config import Config
+from proxt2i.diffusion import VPSchedule, ddim, guided, make_plan, sample
+
+
+@torch.no_grad()
+def draw_grid(uvit, text_encoder, codec, config: Config) -> np.ndarray:
+    """uint8 [prompts, per_prompt, H, W, 3] by the sample section of the config (DDIM for the score baseline)."""
+    diffusion, how = config.diffusion, config.sample
+    prompts = [prompt for prompt in how.prompts for _ in range(how.per_prompt)]
+    schedule = VPSchedule(diffusion.beta_min, diffusion.beta_max)
+    device = next(uvit.parameters()).device
+    seeds = torch.arange(how.seed, how.seed + len(prompts), device=device)
+    eps_fn = guided(uvit, text_encoder(prompts), text_encoder([""]), how.guidance)
+    shape = (uvit.config.in_channels, uvit.config.sample_size, uvit.config.sample_size)
+    if diffusion.objective == "score":
+        latents = ddim(eps_fn, how.steps, shape, seeds, schedule=schedule, grid=diffusion.grid, guidance_scale=how.guidance)
+    else:
+        plan = make_plan(how.plan, how.steps, schedule, diffusion.grid)
+        latents = sample(eps_fn, plan, shape, seeds, guidance_scale=how.guidance)
+    images = codec.decode(latents).float().clamp(-1, 1).add(1).mul(127.5).round().to(torch.uint8)
+    images = images.permute(0, 2, 3, 1).cpu().numpy()
+    return images.reshape(len(how.prompts), how.per_prompt, *images.shape[1:])
