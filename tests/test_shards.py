@@ -3,6 +3,7 @@
 import io
 import json
 import logging
+import multiprocessing
 import os
 import pickle
 import tarfile
@@ -312,7 +313,9 @@ def test_loader_resumes_where_another_stopped(tmp_path):
         whole = [next(loader) for _ in range(6)]
         assert loader.images_seen == 36
         loader.close()                                        # and continues after a close
+        assert multiprocessing.active_children() == []
         whole.append(next(loader))
+    assert multiprocessing.active_children() == []
     for world in (1, 2, 3):
         loaders = [BatchLoader(dataset, 6 // world, seed=1, images_seen=18, rank=r, world=world, num_workers=0, flip=True)
                    for r in range(world)]

@@ -237,7 +237,7 @@ def _index_folder(folder: Path, shards: list[Path], cache_dir, num_workers) -> d
         else:
             scanned = [_scan(path) for path in tqdm(stale, **bar)]
         cached |= {entry["name"]: entry for entry in scanned}
-        lines = "".join(json.dumps(cached[name]) + "\n" for name in sorted(cached) if (folder / name).exists())
+        lines = "".join(json.dumps(cached[name], default=np.ndarray.tolist) + "\n" for name in sorted(cached) if (folder / name).exists())
         for target in (folder / "index.jsonl", fallback):
             try:
                 target.parent.mkdir(parents=True, exist_ok=True)
@@ -256,7 +256,8 @@ def _read_entries(path: Path) -> dict[str, dict]:
             for line in f:
                 try:
                     entry = json.loads(line)
-                    spans = np.array(entry["spans"], dtype=np.int64).reshape(len(entry["keys"]), 3, 2)
+                    entry["spans"] = np.array(entry["spans"], dtype=np.int64)     # lists would take 5 times the memory
+                    spans = entry["spans"].reshape(len(entry["keys"]), 3, 2)
                     whole = entry["version"] == INDEX_VERSION and all(isinstance(k, str) for k in entry["keys"])
                     if whole and (spans.sum(-1) <= entry["size"]).all() and isinstance(entry["dropped"], dict):
                         entries[entry["name"]] = entry
@@ -274,7 +275,7 @@ def _is_current(entry: dict | None, path: Path) -> bool:
 
 
 def _assemble(shards: list[Path], entries: list[dict]) -> ShardIndex:
-    spans = [np.array(e["spans"], dtype=np.int64).reshape(-1, 3, 2) for e in entries]
+    spans = [e["spans"].reshape(-1, 3, 2) for e in entries]
     dropped: dict[str, int] = {}
     examples: list[str] = []
     for path, entry in zip(shards, entries):
@@ -314,7 +315,7 @@ def _scan(path: Path) -> dict:
     kept = {key: fields for key, fields in samples.items() if key not in causes}
     spans = [n for fields in kept.values() for span in fields for n in (span or (-1, -1))]
     return {"version": INDEX_VERSION, "name": path.name, "size": stat.st_size, "mtime_ns": stat.st_mtime_ns,
-            "dropped": dropped, "damage": damage, "keys": list(kept), "spans": spans}
+            "dropped": dropped, "damage": damage, "keys": list(kept), "spans": np.array(spans, dtype=np.int64)}
 
 
 def _scan_members(f, file_size: int, samples: dict[str, list], causes: dict[str, str]) -> str:
