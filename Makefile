@@ -1,0 +1,72 @@
+# proxt2i. `make` alone prints what there is.
+PYTHON ?= python3
+VENV ?= .venv
+MIN_DISK_GB ?= 6
+PIP_ARGS ?=
+
+BIN := $(abspath $(VENV))/bin
+STAMP := $(VENV)/.installed
+SOURCES := setup.py pyproject.toml constraints.txt CMakeLists.txt $(wildcard csrc/* csrc/*/*)
+CUDA_BUILD := build/cuda-check
+export PATH := $(BIN):$(PATH)
+
+.DEFAULT_GOAL := help
+.PHONY: help venv test demo cuda-check gpu-check clean check-machine
+
+help:
+	@echo "make demo        draw a data set, train a model on it, sample and evaluate (sets itself up first)"
+	@echo "make test        all tests (sets itself up first); ARGS='-k name' goes to pytest"
+	@echo "make venv        only the set-up: $(VENV) with everything that constraints.txt names, and the native extension"
+	@echo "make cuda-check  compile the CUDA kernels for sm_80 and sm_90a (needs nvcc, no GPU)"
+	@echo "make gpu-check   link the CUDA kernels, test them and time them (needs nvcc, a GPU, a torch with CUDA)"
+	@echo "make clean       remove $(VENV), build output and caches"
+	@echo "Variables: PYTHON=$(PYTHON) VENV=$(VENV) PIP_ARGS='$(PIP_ARGS)' (e.g. an index that has CPU builds of torch) MIN_DISK_GB=$(MIN_DISK_GB)"
+
+# Everything that is missing is said at once, each with its fix.
+check-machine:
+	@problems=; say() { problems="$$problems  - $$1\n"; }; \
+	if ! "$(PYTHON)" -c 'import sys; sys.exit(sys.version_info < (3, 10))' 2>/dev/null; then \
+	  say "no Python 3.10 or newer as '$(PYTHON)': apt-get install python3 python3-venv python3-dev, or make PYTHON=/path/to/python3.11"; \
+	else \
+	  "$(PYTHON)" -c 'import venv, ensurepip' 2>/dev/null || say "$(PYTHON) has no venv module: apt-get install python3-venv"; \
+	  include=$$("$(PYTHON)" -c 'import sysconfig; print(sysconfig.get_path("include"))'); \
+	  [ -f "$$include/Python.h" ] || say "no Python headers ($$include/Python.h): apt-get install python3-dev"; \
+	fi; \
+	[ -n "$$CXX" ] || command -v c++ >/dev/null || command -v g++ >/dev/null || command -v clang++ >/dev/null \
+	  || say "no C++ compiler: apt-get install g++"; \
+	free=$$(df -Pk . | awk 'NR == 2 { print int($$4 / 1048576) }'); \
+	[ -d "$(VENV)" ] || [ "$$free" -ge "$(MIN_DISK_GB)" ] \
+	  || say "$$free GB of disk free here, and the set-up needs $(MIN_DISK_GB): free some, or put VENV=/elsewhere"; \
+	if [ -n "$$problems" ]; then printf "proxt2i cannot be set up on this machine:\n$$problems" >&2; exit 1; fi
+
+$(STAMP): $(SOURCES)
+	@$(MAKE) --no-print-directory check-machine
+	@[ -x "$(BIN)/python" ] || { echo "== making $(VENV)"; "$(PYTHON)" -m venv "$(VENV)"; }
+	@echo "== installing (minutes the first time)"
+	@"$(BIN)/python" -m pip install --disable-pip-version-check -q $(PIP_ARGS) -c constraints.txt \
+	  setuptools wheel packaging cmake ninja pybind11 numpy "torch>=2.11"
+	@"$(BIN)/python" -m pip install --disable-pip-version-check -q $(PIP_ARGS) -c constraints.txt --no-build-isolation -e '.[test]'
+	@touch $@
+
+venv: $(STAMP)
+
+test: $(STAMP)
+	@PROXT2I_REQUIRE_NATIVE=1 "$(BIN)/python" -m pytest -q $(ARGS)
+
+demo: $(STAMP)
+	@"$(BIN)/python" -m proxt2i.embedded.demo $(ARGS)
+
+cuda-check: $(STAMP)
+	@if ! command -v nvcc >/dev/null; then echo "cuda-check: skipped, nvcc is not on PATH"; else \
+	  cmake -S . -B $(CUDA_BUILD) -G Ninja --log-level=WARNING -DPROXT2I_CUDA=CHECK -DPython_EXECUTABLE="$(BIN)/python" \
+	  && cmake --build $(CUDA_BUILD) --target cuda_compile_check \
+	  && echo "cuda-check: compiled for sm_80 and sm_90a without warnings"; fi
+
+gpu-check: $(STAMP)
+	@"$(BIN)/python" -c 'import sys, torch; torch.cuda.is_available() or sys.exit("gpu-check: this torch sees no CUDA device")'
+	@PROXT2I_CUDA=ON "$(BIN)/python" -m pip install --disable-pip-version-check -q --no-build-isolation --no-deps -e .
+	@PROXT2I_REQUIRE_NATIVE=1 "$(BIN)/python" -m pytest -q tests/test_ops.py
+	@"$(BIN)/python" benchmarks/prox_step.py --device cuda
+
+clean:
+	rm -rf "$(VENV)" build dist proxt2i/_C*.so proxt2i.egg-info .pytest_cache
