@@ -22,6 +22,7 @@ from typing import Callable
 
 import torch.distributed as dist
 
+from proxt2i.models.files import fsync_tree
 from proxt2i.training.distributed import Ranks, first_rank_does, gather_objects
 
 STATE = "state.json"
@@ -157,12 +158,6 @@ def fsync(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
-
-
-def fsync_tree(folder: Path) -> None:
-    for path in folder.rglob("*"):
-        fsync(path)
-    fsync(folder)
 
 
 def replace_text(path: Path, text: str) -> None:

@@ -13,11 +13,8 @@ from torch import Tensor
 from proxt2i.config import Config, DataConfig
 from proxt2i.data.latents import encode_dataset
 from proxt2i.data.shards import BatchLoader, ShardDataset, index_shards
-from proxt2i.models.text import TextEncoder
-from proxt2i.models.vae import load_codec
+from proxt2i.models.bundle import EMBEDDED, load_components
 from proxt2i.training.distributed import Ranks, first_rank_does
-
-EMBEDDED = Path(__file__).parent.parent / "embedded" / "assets"
 
 
 @dataclass(frozen=True)
@@ -37,13 +34,9 @@ class Batch:
 class Feed:
     """Endless batches of one rank from `images_seen` on, encoded by the frozen codec and text encoder."""
 
-    def __init__(self, config: Config, ranks: Ranks, batch_size: int):
-        components = Path(config.model.components or EMBEDDED)
-        try:
-            self.codec = load_codec(components).to(ranks.device)
-            self.text = TextEncoder.from_pretrained(components, ranks.device, torch.float32)
-        except OSError as error:
-            raise ValueError(f"model.components: cannot load the codec and text encoder from {components}: {error}") from None
+    def __init__(self, config: Config, ranks: Ranks, batch_size: int, dtype: torch.dtype = torch.float32):
+        self.components = Path(config.model.components or EMBEDDED)
+        self.text, self.codec = load_components(self.components, ranks.device, dtype)
         self.null_text = self.text([""])
         self._config, self._ranks, self._batch_size = config, ranks, batch_size
 
@@ -51,9 +44,8 @@ class Feed:
         """Find (or draw, or encode) the data; then iterate. `say(message)` reports what was found."""
         data, ranks = self._config.data, self._ranks
         folder = first_rank_does(ranks, lambda: prepare_shards(data))
-        index = first_rank_does(ranks, lambda: index_shards(folder))
-        say(f"data: {folder}: {index.summary()}")
-        dataset = ShardDataset(index, data.image_size)
+        say(f"data: {folder}: {first_rank_does(ranks, lambda: index_shards(folder).summary())}")
+        dataset = ShardDataset(index_shards(folder), data.image_size)  # the others read the index that rank 0 left
         place = dict(seed=self._config.train.seed, images_seen=images_seen, rank=ranks.rank, world=ranks.world_size,
                      device=ranks.device)
         if data.cache_latents:

@@ -9,10 +9,9 @@ from dataclasses import asdict
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file
 
 from proxt2i.config import Config, to_yaml
-from proxt2i.models.bundle import Bundle, save_bundle
+from proxt2i.models.bundle import Bundle, Settings, load_weights, save_bundle
 from proxt2i.models.uvit import UViT2DModel, build_uvit
 from proxt2i.training import distributed, engine as engines
 from proxt2i.training.checkpoint import Checkpoint, CheckpointStore, replace_text
@@ -23,6 +22,8 @@ from proxt2i.training.meter import Meter
 from proxt2i.training.objective import Objective
 from proxt2i.training.preview import draw_grid
 from proxt2i.training.tracking import Tracker
+
+WEIGHTS = "diffusion_pytorch_model.safetensors"
 
 
 def train(config: Config, deepspeed_json: dict, resume: str | None = None) -> int:
@@ -52,19 +53,19 @@ class Trainer:
         self.micro_batch = config.train.micro_batch or per_rank
         self.bad_steps = self.bad_steps_in_a_row = 0
 
-        self.feed = Feed(config, ranks, per_rank)
+        on_gpu = ranks.device.type == "cuda"
+        self.bf16 = config.train.precision == "bf16" or (config.train.precision == "auto" and on_gpu)
+        self.feed = Feed(config, ranks, per_rank, torch.bfloat16 if self.bf16 else torch.float32)
         self.objective = Objective(config.diffusion, config.train.seed)
         self.uvit = self._build_uvit()
         if checkpoint:
-            load_weights(self.uvit, checkpoint.folder / "uvit")
+            load_weights(self.uvit, checkpoint.folder / "uvit" / WEIGHTS)
         self.ema = EMA(self.uvit, config.optim.ema_half_life, config.optim.ema_ramp)
         if checkpoint:
-            load_weights(self.ema.model, checkpoint.folder / "uvit_ema")
+            load_weights(self.ema.model, checkpoint.folder / "uvit_ema" / WEIGHTS)
 
         num_params = sum(p.numel() for p in self.uvit.parameters())
-        self.bf16 = config.train.precision == "bf16" or (config.train.precision == "auto" and ranks.device.type == "cuda")
-        filled = engines.fill_deepspeed_json(deepspeed_json, config.train, config.optim, ranks.world_size, num_params,
-                                             on_gpu=ranks.device.type == "cuda")
+        filled = engines.fill_deepspeed_json(deepspeed_json, config.train, config.optim, ranks.world_size, num_params, on_gpu)
         self.engine = engines.initialize(engines.Autocast(self.uvit, self.bf16), filled, config.optim)
         if checkpoint:
             engines.load_optimizer(self.engine, checkpoint.folder)
@@ -189,9 +190,9 @@ class Trainer:
         if not self.ranks.is_first:
             return
         diffusion, sample = self.config.diffusion, self.config.sample
-        settings = {"plan": sample.plan, "num_steps": sample.steps, "guidance_scale": sample.guidance,
-                    "beta_min": diffusion.beta_min, "beta_max": diffusion.beta_max, "grid": diffusion.grid}
-        save_bundle(self.run_dir / "model", Bundle(self.ema.model, self.feed.text, self.feed.codec, settings))
+        settings = Settings(sample.plan, sample.steps, sample.guidance, diffusion.beta_min, diffusion.beta_max, diffusion.grid)
+        save_bundle(self.run_dir / "model",
+                    Bundle(self.ema.model, self.feed.text, self.feed.codec, settings, self.feed.components))
         self._say(f"finished {self.images_seen:,} images; model: {self.run_dir / 'model'}")
 
     # -- set-up -------------------------------------------------------------------------------------------------------
@@ -224,14 +225,6 @@ class Trainer:
     def _say(self, message: str) -> None:
         if self.ranks.is_first:
             print(message, flush=True)
-
-
-def load_weights(network: UViT2DModel, folder: Path) -> None:
-    """Load a diffusers weights folder in place. Raises ValueError if it belongs to a network of another shape."""
-    try:
-        network.load_state_dict(load_file(folder / "diffusion_pytorch_model.safetensors"))
-    except RuntimeError as error:
-        raise ValueError(f"{folder} does not fit the model section of the config: {error}") from None
 
 
 def changed_settings(old: dict, new: dict) -> list[str]:

@@ -1,0 +1,496 @@
+"""Training end to end on a tiny model, and its promises: exact resume, damage found and named, bad steps skipped."""
+
+import json
+import os
+import random
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import asdict
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+
+from proxt2i.config import DiffusionConfig, OptimConfig, TrainConfig, load_config
+from proxt2i.training import distributed, engine as engines
+from proxt2i.training.checkpoint import check_intact
+from proxt2i.training.ema import EMA
+from proxt2i.training.loop import Trainer
+from proxt2i.training.objective import Objective
+from proxt2i.training.randomness import sample_seeds, uniforms
+
+ROOT = Path(__file__).parent.parent
+ZERO2 = ROOT / "configs" / "zero2.json"
+COLORS = {"red": (220, 40, 40), "green": (40, 180, 60), "blue": (40, 60, 220), "white": (240, 240, 240)}
+
+
+@pytest.fixture(scope="session")
+def components(tmp_path_factory):
+    """A model folder of frozen parts: a 2-channel VAE (factor 8) and a CLIP text tower, both tiny and random."""
+    from diffusers import AutoencoderKL
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import CLIPTextConfig, CLIPTextModel, PreTrainedTokenizerFast
+
+    torch.manual_seed(0)
+    folder = tmp_path_factory.mktemp("components")
+    blocks = dict(block_out_channels=(8, 8, 8, 8), layers_per_block=1, norm_num_groups=4, latent_channels=2,
+                  down_block_types=("DownEncoderBlock2D",) * 4, up_block_types=("UpDecoderBlock2D",) * 4)
+    AutoencoderKL(scaling_factor=1.0, use_quant_conv=False, use_post_quant_conv=False, mid_block_add_attention=False,
+                  **blocks).save_pretrained(folder / "vae")
+    words = ["<pad>", "<unk>", "<s>", "</s>", "a", "square", *COLORS]
+    tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", unk_token="<unk>", bos_token="<s>",
+                            eos_token="</s>", model_max_length=4).save_pretrained(folder / "tokenizer")
+    CLIPTextModel(CLIPTextConfig(vocab_size=len(words), hidden_size=16, intermediate_size=32, num_hidden_layers=1,
+                                 num_attention_heads=2, max_position_embeddings=4, pad_token_id=0, bos_token_id=2,
+                                 eos_token_id=3)).save_pretrained(folder / "text_encoder")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def shards(tmp_path_factory):
+    from proxt2i.data.shards import write_samples
+
+    rng = random.Random(0)
+    folder = tmp_path_factory.mktemp("shards")
+    samples = []
+    for i in range(120):
+        name = rng.choice(list(COLORS))
+        image = Image.new("RGB", (32, 32), tuple(c + rng.randint(-15, 15) for c in COLORS[name]))
+        samples.append({"key": f"{i:04d}", "image": image, "caption": f"a {name} square"})
+    write_samples(folder, samples, shard_size=50)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def ranks():
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_SIZE"):
+        os.environ.pop(name, None)
+    return distributed.start(threads=1)
+
+
+@pytest.fixture
+def settings(components, shards, tmp_path):
+    """Overrides of a run of 12 steps that takes about a second."""
+    return {
+        "data.shards": shards, "data.image_size": 32, "data.cache_dir": components / "latents", "model.components": components,
+        "model.embed_dim": 32, "model.depth": 3, "model.num_heads": 2, "diffusion.step_counts": "[4,8]",
+        "optim.warmup_images": 32, "optim.ema_half_life": 100, "train.images": 192, "train.batch_size": 16,
+        "train.log_every": 32, "train.checkpoint_every": 64, "train.run_dir": tmp_path / "run", "train.tensorboard": "false",
+        "sample.every": 96, "sample.prompts": "[a red square,a blue square]", "sample.per_prompt": 2, "sample.steps": 4,
+    }
+
+
+def overrides(settings, **changes):
+    merged = settings | {key.replace("__", "."): value for key, value in changes.items()}
+    return [f"{key}={value}" for key, value in merged.items()]
+
+
+def make_trainer(settings, ranks, resume=None, **changes):
+    return Trainer(load_config(None, overrides(settings, **changes)), engines.read_deepspeed_json(ZERO2), resume, ranks)
+
+
+def weights(run_dir, images, name="uvit"):
+    return load_file(run_dir / "checkpoints" / f"step-{images:09d}" / name / "diffusion_pytorch_model.safetensors")
+
+
+def assert_same_checkpoint(one: Path, other: Path):
+    """Bit for bit: weights, averaged weights, optimizer state."""
+    files = sorted(path.relative_to(one) for path in one.rglob("*.safetensors"))
+    assert len(files) >= 3 and files == sorted(path.relative_to(other) for path in other.rglob("*.safetensors"))
+    for file in files:
+        left, right = load_file(one / file), load_file(other / file)
+        assert left.keys() == right.keys()
+        for key in left:
+            assert torch.equal(left[key], right[key]), f"{file}: {key}"
+
+
+# -- one run ----------------------------------------------------------------------------------------------------------
+
+
+def test_a_run_learns_and_leaves_everything_behind(settings, ranks, tmp_path):
+    run_dir = tmp_path / "run"
+    trainer = make_trainer(settings, ranks, train__images=1600, train__tensorboard="true", optim__lr=5e-3)
+    assert trainer.run() == 0
+
+    rows = [json.loads(line) for line in (run_dir / "stats.jsonl").read_text().splitlines()]
+    assert [row["images"] for row in rows] == list(range(32, 1601, 32))
+    assert {"loss", "loss/N4", "loss/N8", "grad_norm", "lr", "images_per_s", "data_wait", "memory_gib"} <= rows[-1].keys()
+    first, last = (sum(row["loss"] for row in part) / 5 for part in (rows[:5], rows[-5:]))
+    assert last < 0.8 * first
+    assert all(row["bad_steps"] == 0 and row["grad_norm"] > 0 for row in rows)
+    assert load_config(run_dir / "config.yaml") == trainer.config
+    assert list((run_dir / "tensorboard").iterdir())
+    with Image.open(run_dir / "samples" / "000001600.png") as grid:
+        assert grid.size == (64, 64) and len(np.unique(np.asarray(grid))) > 10  # 2 x 2 images of 32 pixels
+    assert [path.name for path in sorted((run_dir / "checkpoints").glob("step-*"))] == ["step-000001536", "step-000001600"]
+    assert (run_dir / "checkpoints" / "latest").read_text() == "step-000001600"
+
+    from proxt2i.models.bundle import load_bundle
+
+    bundle = load_bundle(run_dir / "model")
+    averaged = weights(run_dir, 1600, "uvit_ema")
+    for name, parameter in bundle.uvit.named_parameters():
+        assert torch.equal(parameter, averaged[name])
+    assert any(not torch.equal(averaged[name], raw) for name, raw in weights(run_dir, 1600).items())
+    assert bundle.settings.num_steps == 4 and bundle.text(["a red square"])[0].shape == (1, 4, 16)
+
+
+def test_the_score_baseline_and_streamed_images_train_too(settings, ranks):
+    trainer = make_trainer(settings, ranks, diffusion__objective="score", data__cache_latents="false", data__workers=0,
+                           data__flip="true", train__images=64)
+    assert trainer.run() == 0
+    row = json.loads((trainer.run_dir / "stats.jsonl").read_text().splitlines()[-1])
+    assert 0 < row["loss"] < 5 and any(key.startswith("loss/t0.") for key in row)
+
+
+def test_gradient_accumulation_gives_the_same_weights(settings, ranks, tmp_path):
+    for name, micro_batch in (("whole", 16), ("parts", 4)):
+        make_trainer(settings, ranks, train__run_dir=tmp_path / name, train__micro_batch=micro_batch, train__images=64).run()
+    whole, parts = weights(tmp_path / "whole", 64), weights(tmp_path / "parts", 64)
+    for key in whole:
+        torch.testing.assert_close(whole[key], parts[key], rtol=1e-3, atol=1e-5)
+
+
+# -- resume -----------------------------------------------------------------------------------------------------------
+
+
+def interrupted_run(settings, ranks, run_dir, after_steps, signal_number=signal.SIGTERM):
+    trainer = make_trainer(settings, ranks, train__run_dir=run_dir)
+    step = trainer.step
+
+    def step_then_signal():
+        step()
+        if trainer.images_seen == after_steps * trainer.batch_size:
+            os.kill(os.getpid(), signal_number)
+
+    trainer.step = step_then_signal
+    return trainer, trainer.run()
+
+
+@pytest.mark.parametrize("signal_number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_saves_and_resume_is_bit_equal(settings, ranks, tmp_path, signal_number):
+    straight, broken = tmp_path / "straight", tmp_path / "broken"
+    handler = signal.getsignal(signal.SIGTERM)
+    assert make_trainer(settings, ranks, train__run_dir=straight).run() == 0
+    trainer, received = interrupted_run(settings, ranks, broken, 5, signal_number)
+    assert received == signal_number and trainer.images_seen == 80
+    assert not (broken / "model").exists()
+    assert signal.getsignal(signal.SIGTERM) is handler
+    resumed = make_trainer(settings, ranks, "auto", train__run_dir=broken)
+    assert resumed.images_seen == 80
+    assert resumed.run() == 0
+    assert_same_checkpoint(straight / "checkpoints" / "step-000000192", broken / "checkpoints" / "step-000000192")
+    images = [json.loads(line)["images"] for line in (broken / "stats.jsonl").read_text().splitlines()]
+    assert images == sorted(set(images)) and images[-1] == 192
+
+
+def test_resume_depends_on_the_optimizer_state(settings, ranks, tmp_path):
+    """The equality above would be worthless if fresh moments gave it as well."""
+    make_trainer(settings, ranks).run()
+    run_dir = tmp_path / "run"
+    trainer = make_trainer(settings, ranks, str(run_dir / "checkpoints" / "step-000000128"), train__run_dir=tmp_path / "again")
+    trainer.engine.optimizer.optimizer.state.clear()
+    trainer.run()
+    right, wrong = weights(run_dir, 192), weights(tmp_path / "again", 192)
+    assert any(not torch.equal(right[key], wrong[key]) for key in right)
+
+
+def test_existing_checkpoints_are_not_overwritten(settings, ranks):
+    make_trainer(settings, ranks, train__images=64).run()
+    with pytest.raises(ValueError, match="already holds checkpoints: add --resume .* another train.run_dir"):
+        make_trainer(settings, ranks, train__images=64)
+
+
+def test_resume_without_checkpoints_starts_fresh_and_says_so(settings, ranks, capsys):
+    assert make_trainer(settings, ranks, "auto").images_seen == 0
+    assert "no checkpoint in" in capsys.readouterr().out
+
+
+def test_changed_settings_are_reported(settings, ranks, capsys):
+    make_trainer(settings, ranks, train__images=64).run()
+    make_trainer(settings, ranks, "auto", train__images=64, optim__lr=1e-3)
+    assert "optim.lr: 0.002 -> 0.001" in capsys.readouterr().out
+    with pytest.raises(ValueError, match="do not fit"):
+        make_trainer(settings, ranks, "auto", train__images=64, model__depth=5)
+
+
+# -- damage -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def finished(settings, ranks, tmp_path):
+    """A finished run's (settings, newest checkpoint, the one before)."""
+    make_trainer(settings, ranks).run()
+    folder = tmp_path / "run" / "checkpoints"
+    return settings, folder / "step-000000192", folder / "step-000000128"
+
+
+def cut_short(folder):
+    file = folder / "uvit" / "diffusion_pytorch_model.safetensors"
+    file.write_bytes(file.read_bytes()[:-100])
+    return file
+
+
+def flip_a_bit(folder):
+    file = next(folder.glob("optimizer-*.safetensors"))
+    data = bytearray(file.read_bytes())
+    data[-50] ^= 1
+    file.write_bytes(data)
+    return file
+
+
+def remove_a_file(folder):
+    file = folder / "uvit_ema" / "config.json"
+    file.unlink()
+    return file
+
+
+def break_state(folder):
+    file = folder / "state.json"
+    file.write_text(file.read_text()[:40])
+    return file
+
+
+@pytest.mark.parametrize("damage", [cut_short, flip_a_bit, remove_a_file, break_state])
+def test_damaged_checkpoints_are_skipped_and_named(finished, ranks, capsys, damage):
+    settings, newest, older = finished
+    check_intact(newest)
+    file = damage(newest)
+    with pytest.raises(ValueError, match=re.escape(str(file))):  # asked for by name: an error, no fallback
+        make_trainer(settings, ranks, str(newest))
+    assert make_trainer(settings, ranks, "auto").images_seen == 128
+    assert str(file) in capsys.readouterr().out
+    damage(older)
+    with pytest.raises(ValueError, match="none of the 2 checkpoints .* is intact"):
+        make_trainer(settings, ranks, "auto")
+
+
+def test_a_save_cut_off_by_a_crash_is_no_checkpoint(settings, ranks, tmp_path, monkeypatch):
+    trainer = make_trainer(settings, ranks, train__checkpoint_every=64)
+
+    def power_cut(*_):
+        raise KeyboardInterrupt
+
+    saves = []
+    finish = trainer.store._finish
+
+    def finish_twice_then_die(*arguments):
+        saves.append(arguments)
+        (power_cut if len(saves) == 2 else finish)(*arguments)
+
+    monkeypatch.setattr(trainer.store, "_finish", finish_twice_then_die)
+    with pytest.raises(KeyboardInterrupt):
+        trainer.run()
+    folder = tmp_path / "run" / "checkpoints"
+    assert (folder / "step-000000128.tmp").is_dir()
+    resumed = make_trainer(settings, ranks, "auto")
+    assert resumed.images_seen == 64
+    assert resumed.run() == 0
+    assert not list(folder.glob("*.tmp"))
+
+
+# -- bad steps --------------------------------------------------------------------------------------------------------
+
+
+def test_non_finite_steps_are_skipped_counted_and_finally_fatal(settings, ranks, capsys):
+    trainer = make_trainer(settings, ranks, train__max_bad_steps=3)
+    loss = trainer.objective.loss
+    bad = {32, 80, 96, 112}  # images seen before the step
+
+    def poisoned(eps, target, images_seen):
+        losses = loss(eps, target, images_seen)
+        return losses * torch.tensor(float("nan")) if images_seen in bad else losses
+
+    trainer.objective.loss = poisoned
+    before = {}
+    step = trainer.step
+
+    def watched():
+        before.update({name: p.detach().clone() for name, p in trainer.uvit.named_parameters()})
+        average = next(trainer.ema.model.parameters()).clone()
+        start = trainer.images_seen
+        step()
+        changed = any(not torch.equal(before[name], p) for name, p in trainer.uvit.named_parameters())
+        assert changed == (start not in bad)
+        assert torch.equal(average, next(trainer.ema.model.parameters())) == (start in bad)
+
+    trainer.step = watched
+    with pytest.raises(ValueError, match="3 steps in a row had a non-finite gradient"):
+        trainer.run()
+    assert trainer.bad_steps == 4
+    assert all(p.isfinite().all() for p in trainer.uvit.parameters())
+    rows = [json.loads(line) for line in (trainer.run_dir / "stats.jsonl").read_text().splitlines()]
+    assert rows[1]["bad_steps"] == 1 and 0 < rows[1]["loss"] < 2  # the finite half of the interval
+    assert "non-finite gradient at 48 images" in capsys.readouterr().out
+
+
+# -- parts ------------------------------------------------------------------------------------------------------------
+
+
+def test_randomness_depends_on_seed_and_position_alone():
+    objective, x0, positions = Objective(DiffusionConfig(), 7), torch.randn(8, 2, 4, 4), torch.arange(100, 108)
+    whole = objective.example(x0, positions)
+    halves = [objective.example(x0[part], positions[part]) for part in (slice(0, 4), slice(4, 8))]
+    for name in ("y", "t", "lam", "target", "bucket"):
+        assert torch.equal(getattr(whole, name), torch.cat([getattr(half, name) for half in halves]))
+    assert not torch.equal(whole.target, Objective(DiffusionConfig(), 8).example(x0, positions).target)
+    assert len({tuple(row.flatten().tolist()) for row in whole.target}) == 8
+    # y is what the target says: prox with the true noise and t = 0 gives x0 back
+    at_zero = whole.t == 0
+    many = objective.example(torch.ones(512, 2, 4, 4), torch.arange(512))
+    at_zero = many.t == 0
+    assert at_zero.any()
+    clean = many.y - many.lam.sqrt()[:, None, None, None] * many.target
+    torch.testing.assert_close(clean[at_zero], torch.ones_like(clean[at_zero]), atol=1e-5, rtol=0)
+
+
+def test_uniforms_are_uniform_and_streams_independent():
+    seeds = sample_seeds(0, np.arange(100_000))
+    one, two = uniforms(seeds, 1), uniforms(seeds, 2)
+    assert len(np.unique(seeds)) == 100_000
+    for values in (one, two):
+        assert 0 <= values.min() and values.max() < 1
+        counts = np.histogram(values, 50, (0, 1))[0]
+        assert ((counts - 2000) ** 2 / 2000).sum() < 100  # chi-squared, 49 degrees of freedom
+    assert abs(np.corrcoef(one, two)[0, 1]) < 0.01 and abs(np.corrcoef(one[1:], one[:-1])[0, 1]) < 0.01
+
+
+def test_caption_dropout_rate():
+    objective = Objective(DiffusionConfig(caption_dropout=0.1), 0)
+    text, null = [torch.ones(20_000, 1, 1)], [torch.zeros(1, 1, 1)]
+    kept = objective.drop_captions(text, null, torch.arange(20_000))[0].mean().item()
+    assert abs(kept - 0.9) < 0.01
+
+
+def test_learning_rate_in_images():
+    optim = OptimConfig(lr=1.0, warmup_images=100, final_lr=0.1)
+    assert engines.learning_rate(optim, 0, 1100) < 0.02
+    assert engines.learning_rate(optim, 50, 1100) == pytest.approx(0.5, abs=0.01)
+    assert engines.learning_rate(optim, 100, 1100) == pytest.approx(1.0)
+    assert engines.learning_rate(optim, 600, 1100) == pytest.approx(0.55)  # half-way: the mean of 1 and 0.1
+    assert engines.learning_rate(optim, 1100, 1100) == pytest.approx(0.1)
+    assert engines.learning_rate(OptimConfig(lr=1.0, warmup_images=100, schedule="constant"), 900, 1100) == 1.0
+
+
+def test_ema_half_life_in_images():
+    module = torch.nn.Linear(1, 1, bias=False)
+    torch.nn.init.ones_(module.weight)
+    ema = EMA(module, half_life=64, ramp=1e9)
+    torch.nn.init.zeros_(module.weight)
+    for step in range(1, 5):
+        ema.update(16 * step, 16)
+    assert ema.model.weight.item() == pytest.approx(0.5, rel=1e-6)  # 4 steps of 16 images = one half-life
+    assert EMA(module, 64, ramp=0.0).decay(16, 16) == 0.0  # no memory while the ramp is at 0
+    assert EMA(module, 1000, ramp=0.1).decay(1000, 10) == pytest.approx(0.5 ** 0.1)  # half-life 100 at 1,000 images
+
+
+def test_weight_decay_is_for_matrices_only(settings, ranks):
+    trainer = make_trainer(settings, ranks)
+    decayed, plain = engines._parameter_groups(trainer.uvit, 0.1)
+    names = {id(parameter): name for name, parameter in trainer.uvit.named_parameters()}
+    assert decayed["weight_decay"] == 0.1 and plain["weight_decay"] == 0.0
+    assert all(p.ndim == 2 for p in decayed["params"])
+    assert "position" in {names[id(p)] for p in plain["params"]}
+    assert len(decayed["params"]) + len(plain["params"]) == len(names)
+
+
+@pytest.mark.parametrize("change, message", [
+    ({"zero_optimization": {"stage": 3}}, "stage must be 1 or 2, got 3"),
+    ({"zero_optimization": {"stage": 2, "offload_optimizer": {"device": "cpu"}}}, "offload_optimizer is not supported"),
+    ({"bf16": {"enabled": True}}, "remove bf16; train.precision sets it"),
+    ({"optimizer": {"type": "Adam"}}, "remove optimizer"),
+])
+def test_unsupported_deepspeed_settings_are_refused(tmp_path, change, message):
+    file = tmp_path / "zero.json"
+    file.write_text(json.dumps({**json.loads(ZERO2.read_text()), **change}))
+    with pytest.raises(ValueError, match=re.escape(str(file)) + ".*" + re.escape(message)):
+        engines.read_deepspeed_json(file)
+
+
+def test_deepspeed_numbers_must_agree_with_the_config():
+    loaded = json.loads(ZERO2.read_text())
+    filled = engines.fill_deepspeed_json(loaded, TrainConfig(batch_size=64, micro_batch=8), OptimConfig(), 2, 1000, False)
+    assert filled["train_micro_batch_size_per_gpu"] == 8 and filled["gradient_accumulation_steps"] == 4
+    assert filled["zero_optimization"]["reduce_bucket_size"] == 1000
+    with pytest.raises(ValueError, match="train_batch_size is 32, but .* give 64"):
+        engines.fill_deepspeed_json({**loaded, "train_batch_size": 32}, TrainConfig(batch_size=64), OptimConfig(), 2, 1000, False)
+
+
+# -- as typed ---------------------------------------------------------------------------------------------------------
+
+
+def start(command, **options):
+    environment = {key: value for key, value in os.environ.items() if key not in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_PORT")}
+    environment["PATH"] = f"{Path(sys.executable).parent}:{environment['PATH']}"
+    return subprocess.Popen(command, cwd=ROOT, env=environment, text=True, start_new_session=True,
+                            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, **options)
+
+
+def launch(*arguments):
+    return start(["deepspeed", "--num_gpus", "2", "--master_port", str(distributed._free_port()), "proxt2i/train.py",
+                  "--deepspeed", "configs/zero2.json", *map(str, arguments)])
+
+
+def test_two_ranks_survive_kill_9(settings, ranks, tmp_path):
+    """The real launcher, twice; the second run is killed at a random moment and resumed: bit-equal weights."""
+    length = dict(train__images=1600, train__checkpoint_every=160, sample__every=0)
+    straight = launch(*overrides(settings, train__run_dir=tmp_path / "straight", **length))
+    output = straight.communicate(timeout=120)[0]
+    assert straight.returncode == 0, output
+    assert "2 rank(s) on cpu" in output
+
+    killed, run_dir = launch(*overrides(settings, train__run_dir=tmp_path / "killed", **length)), tmp_path / "killed"
+    give_up = time.monotonic() + 120
+    while not (run_dir / "checkpoints" / "latest").exists():
+        assert time.monotonic() < give_up and killed.poll() is None, killed.communicate()[0]
+        time.sleep(0.01)
+    time.sleep(random.random() * 0.5)
+    os.killpg(killed.pid, signal.SIGKILL)
+    output = killed.communicate()[0]
+    assert not (run_dir / "model").exists(), output
+
+    resumed = launch("--resume", *overrides(settings, train__run_dir=run_dir, **length))
+    output = resumed.communicate(timeout=120)[0]
+    assert resumed.returncode == 0, output
+    assert "resuming from" in output
+    newest = "checkpoints/step-000001600"
+    assert_same_checkpoint(tmp_path / "straight" / newest, run_dir / newest)
+    assert len(list((run_dir / newest).glob("optimizer-*"))) == 2
+
+    # Another number of ranks can take over: the moments are the same vectors, cut elsewhere.
+    alone = make_trainer(settings, ranks, str(run_dir / newest), **length)
+    halves = [load_file(file) for file in sorted((run_dir / newest).glob("optimizer-*"))]
+    for group, state in enumerate(engines._partition_states(alone.engine)):
+        moments = torch.cat([half[f"{group}.exp_avg"] for half in halves])[:state["exp_avg"].numel()]
+        assert state["exp_avg"].abs().max() > 0 and torch.equal(state["exp_avg"], moments)
+        assert state["step"] == halves[0][f"{group}.step"] == 100
+
+
+@pytest.mark.parametrize("arguments, message", [
+    (["optim.lrr=1"], "unknown key optim.lrr; did you mean optim.lr?"),
+    (["--deepspeed", "no.json"], "--deepspeed no.json: no such file"),
+])
+def test_wrong_input_is_one_line_and_status_2(arguments, message):
+    process = start([sys.executable, "proxt2i/train.py", *arguments])
+    output = process.communicate(timeout=120)[0]
+    assert process.returncode == 2
+    assert f"error: " in output and message in output and "Traceback" not in output
+
+
+def test_arguments_may_come_in_any_order():
+    from proxt2i.train import parse_arguments
+
+    given = parse_arguments(["--local_rank=1", "optim.lr=1", "--resume", "train.seed=2", "--config", "c.yaml", "data.flip=true"])
+    assert given.resume == "auto" and given.config == "c.yaml"
+    assert sorted(given.overrides) == ["data.flip=true", "optim.lr=1", "train.seed=2"]
+    assert parse_arguments(["--resume", "runs/x/checkpoints/step-1"]).resume == "runs/x/checkpoints/step-1"
+    assert parse_arguments([]).resume is None
