@@ -1,0 +1,178 @@
+"""A model folder in the diffusers layout: U-ViT, text encoders, VAE and sampling settings, loaded and saved as one.
+
+    MODEL/model_index.json  uvit/  scheduler/scheduler_config.json
+          text_encoder/  tokenizer/  [text_encoder_2/ tokenizer_2/]  [vae/]
+
+A folder may hold only uvit/ and scheduler/: text encoder and VAE then are the ones embedded in this package.
+"""
+
+import difflib
+import json
+import shutil
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file
+from torch import nn
+
+from .files import atomic_folder, check_component, read_json, require_folder
+from .text import TextEncoder
+from .uvit import UViT2DModel
+from .vae import LatentCodec, PixelSpace, load_codec
+
+EMBEDDED = Path(__file__).resolve().parents[1] / "embedded" / "assets"
+SCHEDULER_FILE = Path("scheduler") / "scheduler_config.json"
+
+
+@dataclass
+class Settings:
+    """How the model is meant to be sampled unless told otherwise, kept in scheduler/scheduler_config.json."""
+
+    plan: str = "hybrid"
+    num_steps: int = 8
+    guidance_scale: float = 2.0
+    beta_min: float = 0.1
+    beta_max: float = 20.0
+    grid: str = "uniform"
+
+
+@dataclass
+class Bundle:
+    """Everything that turns prompts into images. `source`: the folder text and codec were read from, if any."""
+
+    uvit: UViT2DModel
+    text: TextEncoder
+    codec: LatentCodec | PixelSpace
+    settings: Settings = field(default_factory=Settings)
+    source: Path | None = None
+
+
+def load_bundle(folder: Path | str, device="cpu", dtype: torch.dtype = torch.float32,
+                components: Path | str | None = None) -> Bundle:
+    """Load a model folder, frozen and in eval mode.
+
+    Args:
+        dtype: of the U-ViT and the text encoders; the VAE decodes in float32 always.
+        components: folder with text_encoder/, tokenizer/, vae/. Default: `folder` itself, or the embedded components
+            when `folder` has none of them.
+
+    Raises ValueError naming the missing, corrupt or contradicting part and the fix.
+    """
+    folder = require_folder(folder)
+    settings = load_settings(folder)
+    uvit = load_uvit(folder / "uvit", device, dtype).requires_grad_(False).eval()
+    source = Path(components) if components else find_components(folder)
+    text, codec = load_components(source, device, dtype)
+    check_fit(uvit, text, codec, source)
+    return Bundle(uvit, text, codec, settings, source)
+
+
+def load_components(folder: Path | str, device="cpu", dtype: torch.dtype = torch.float32):
+    """(TextEncoder, LatentCodec or PixelSpace) of a folder with text_encoder/, tokenizer/ and perhaps vae/."""
+    folder = require_folder(folder)
+    return TextEncoder.from_pretrained(folder, device, dtype), load_codec(folder, device, dtype)
+
+
+def find_components(folder: Path) -> Path:
+    """`folder` when it holds (or its model_index.json lists) a text encoder or VAE; else the embedded assets."""
+    index = folder / "model_index.json"
+    listed = read_json(index) if index.exists() else {}
+    own = [name for name in ("vae", "text_encoder", "tokenizer") if name in listed or (folder / name).exists()]
+    for name in own:
+        if name in listed and not (folder / name).is_dir():
+            raise ValueError(f"{index} lists {name}, but {folder / name} is missing; copy it from the source")
+    return folder if own else EMBEDDED
+
+
+def check_fit(uvit: UViT2DModel, text: TextEncoder, codec: LatentCodec | PixelSpace,
+              source: Path | str = "memory") -> None:
+    """ValueError when the U-ViT was not made for these components (`source` names them in the message)."""
+    if uvit.config.in_channels != codec.channels:
+        kind = "pixel space (no vae folder)" if isinstance(codec, PixelSpace) else "the VAE"
+        raise ValueError(f"the U-ViT has {uvit.config.in_channels} channels, {kind} in {source} has {codec.channels}; "
+                         "give the components folder that the U-ViT was trained with")
+    wants, has = (list(zip(*pair)) for pair in ((uvit.config.text_dims, uvit.config.text_lengths),
+                                                (text.dims, text.lengths)))
+    if wants != has:
+        raise ValueError(f"the U-ViT wants text encoders of (width, tokens) {wants}, those in {source} have {has}; "
+                         "give the components folder that the U-ViT was trained with")
+
+
+def load_uvit(folder: Path | str, device="cpu", dtype: torch.dtype = torch.float32) -> UViT2DModel:
+    """The U-ViT in a folder of config.json and diffusion_pytorch_model.safetensors; every weight must match."""
+    folder = Path(folder)
+    config = check_component(folder)
+    if config.get("_class_name") != "UViT2DModel":
+        raise ValueError(f"{folder / 'config.json'} says _class_name {config.get('_class_name')!r}; "
+                         "UViT2DModel is needed")
+    path = folder / "diffusion_pytorch_model.safetensors"
+    if not path.exists():
+        raise ValueError(f"{path} is missing")
+    with torch.device("meta"):  # no time spent on an initialisation that the file replaces
+        uvit = UViT2DModel.from_config(config)
+    load_weights(uvit, path, assign=True)
+    return nn.Module.to(uvit, device=device, dtype=dtype)  # diffusers' own `to` warns about every cast
+
+
+def load_weights(module: nn.Module, path: Path | str, assign: bool = False) -> None:
+    """Strict load_state_dict of one safetensors file; ValueError names the file and the first tensors that differ."""
+    try:
+        module.load_state_dict(load_file(path), assign=assign)
+    except RuntimeError as error:
+        raise ValueError(f"the weights in {path} do not fit the model: {' '.join(str(error).split())[:400]}") from None
+
+
+def load_settings(folder: Path) -> Settings:
+    """FOLDER/scheduler/scheduler_config.json as Settings; unknown keys and wrong types are errors."""
+    path = folder / SCHEDULER_FILE
+    known = {f.name: f.type for f in fields(Settings)}
+    values = {}
+    for key, value in read_json(path).items():
+        if key.startswith("_"):  # diffusers' own notes
+            continue
+        if key not in known:
+            close = difflib.get_close_matches(key, known, n=1)
+            raise ValueError(f"{path}: unknown setting {key!r}" + (f"; did you mean {close[0]!r}?" if close else ""))
+        if known[key] is float and type(value) is int:
+            value = float(value)
+        if type(value) is not known[key]:
+            raise ValueError(f"{path}: {key} must be a {known[key].__name__}, not {value!r}")
+        values[key] = value
+    return Settings(**values)
+
+
+def save_bundle(folder: Path | str, bundle: Bundle, with_components: bool = True) -> None:
+    """Write a model folder atomically: a temporary sibling is filled, flushed and renamed.
+
+    Text encoder and VAE never change, so their files are copied from `bundle.source` as they are (or written from
+    memory when that is None). `with_components=False` leaves them out, for models that use the embedded ones.
+    """
+    with atomic_folder(folder) as tmp:
+        bundle.uvit.save_pretrained(tmp / "uvit", safe_serialization=True)
+        (tmp / SCHEDULER_FILE).parent.mkdir()
+        (tmp / SCHEDULER_FILE).write_text(json.dumps(asdict(bundle.settings), indent=2) + "\n")
+        if with_components:
+            _save_components(tmp, bundle)
+        (tmp / "model_index.json").write_text(json.dumps(_model_index(tmp, bundle), indent=2) + "\n")
+
+
+def _save_components(folder: Path, bundle: Bundle) -> None:
+    if bundle.source is None:
+        bundle.text.save_pretrained(folder)
+        bundle.codec.save_pretrained(folder)
+        return
+    for path in sorted(Path(bundle.source).iterdir()):
+        if path.is_dir() and path.name.startswith(("vae", "text_encoder", "tokenizer")):
+            shutil.copytree(path, folder / path.name)
+
+
+def _model_index(folder: Path, bundle: Bundle) -> dict:
+    """diffusers' table of contents: component -> [library, class]."""
+    index = {"_class_name": "ProxT2IPipeline", "uvit": ["proxt2i.models", "UViT2DModel"]}
+    for i, (tokenizer, encoder) in enumerate(zip(bundle.text.tokenizers, bundle.text.encoders)):
+        suffix = f"_{i + 1}" if i else ""
+        index[f"text_encoder{suffix}"] = ["transformers", type(encoder).__name__]
+        index[f"tokenizer{suffix}"] = ["transformers", type(tokenizer).__name__]
+    index["vae"] = ["diffusers", "AutoencoderKL"]
+    return {key: value for key, value in index.items() if key.startswith("_") or (folder / key).is_dir()}
