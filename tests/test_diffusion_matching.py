@@ -65,6 +65,7 @@ def test_draw_is_a_function_of_each_uniform_alone():
         alone = pairs.draw(u[i:i + 1])
         assert (alone[0], alone[1], alone[2]) == (t[i], lam[i], bucket[i])
     assert pairs.draw(torch.tensor([0.0, 1 - 2**-24]))[2].tolist() == [0, len(pairs.table) - 1]
+    assert PairSampler((4, 8), weights=(0, 1)).draw(torch.zeros(1))[2].item() == 4  # u = 0 skips rows without weight
 
 
 def test_pairs_of_other_plans():

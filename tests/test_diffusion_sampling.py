@@ -289,6 +289,14 @@ def test_score_networks_serve_the_proximal_sampler_and_back():
     torch.testing.assert_close(x, ddpm(score_network(0.4, 0.8), 8, (16,), [3]), rtol=1e-3, atol=1e-4)
 
 
+def test_noise_of_the_score_samplers():
+    for name in ("euler_maruyama", "ddpm"):
+        *noisy, last = score_plan(name, 6).b
+        assert min(noisy) > 0 and last == 0
+    for name in ("euler_ode", "ddim"):
+        assert score_plan(name, 6).b == (0,) * 6
+
+
 def test_score_plans_refuse_what_they_cannot_do():
     with pytest.raises(ValueError, match="did you mean 'ddim'.*valid: euler_maruyama, euler_ode, ddim, ddpm"):
         score_plan("dim", 4)
