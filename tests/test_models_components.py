@@ -293,6 +293,20 @@ def test_truncated_weights_are_named(model, part, keep):
         load_bundle(model)
 
 
+def test_load_weights_names_a_damaged_or_missing_file(model):
+    path, uvit = model / "uvit/diffusion_pytorch_model.safetensors", make_uvit()
+    uvit.norm.bias.data.fill_(9.0)
+    before = uvit.norm.bias
+    bundle.load_weights(uvit, path)
+    assert uvit.norm.bias is before and not before.any()  # in place: optimizers keep their parameters
+    corrupt(path, -100)
+    with pytest.raises(ValueError, match="not a readable safetensors"):
+        bundle.load_weights(uvit, path)
+    path.unlink()
+    with pytest.raises(ValueError, match="is missing"):
+        bundle.load_weights(uvit, path)
+
+
 @pytest.mark.parametrize("part, message", [
     ("uvit", "uvit folder is missing"), ("uvit/config.json", "uvit/config.json is missing"),
     ("uvit/diffusion_pytorch_model.safetensors", "uvit has no .safetensors weights"),

@@ -16,7 +16,7 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
-from .files import atomic_folder, check_component, read_json, require_folder
+from .files import atomic_folder, check_component, check_safetensors, read_json, require_folder
 from .text import TextEncoder
 from .uvit import UViT2DModel
 from .vae import LatentCodec, PixelSpace, load_codec
@@ -107,8 +107,6 @@ def load_uvit(folder: Path | str, device="cpu", dtype: torch.dtype = torch.float
         raise ValueError(f"{folder / 'config.json'} says _class_name {config.get('_class_name')!r}; "
                          "UViT2DModel is needed")
     path = folder / "diffusion_pytorch_model.safetensors"
-    if not path.exists():
-        raise ValueError(f"{path} is missing")
     with torch.device("meta"):  # no time spent on an initialisation that the file replaces
         uvit = UViT2DModel.from_config(config)
     load_weights(uvit, path, assign=True)
@@ -117,6 +115,7 @@ def load_uvit(folder: Path | str, device="cpu", dtype: torch.dtype = torch.float
 
 def load_weights(module: nn.Module, path: Path | str, assign: bool = False) -> None:
     """Strict load_state_dict of one safetensors file; ValueError names the file and the first tensors that differ."""
+    check_safetensors(Path(path))
     try:
         module.load_state_dict(load_file(path), assign=assign)
     except RuntimeError as error:

@@ -38,13 +38,20 @@ def check_component(folder: Path) -> dict:
         hint = f"; {pickles[0].name} is a pickle and is not loaded, convert it to safetensors" if pickles else ""
         raise ValueError(f"{folder} has no .safetensors weights{hint}")
     for path in weights:
-        try:
-            with safe_open(path, framework="pt"):
-                pass
-        except (SafetensorError, OSError) as error:
-            raise ValueError(f"{path} is not a readable safetensors file ({error}); "
-                             "it is damaged or incomplete, copy or download it again") from None
+        check_safetensors(path)
     return config
+
+
+def check_safetensors(path: Path) -> None:
+    """ValueError when `path` is missing or no complete safetensors file. Reads the header only."""
+    if not path.exists():
+        raise ValueError(f"{path} is missing")
+    try:
+        with safe_open(path, framework="pt"):
+            pass
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"{path} is not a readable safetensors file ({error}); "
+                         "it is damaged or incomplete, copy or download it again") from None
 
 
 def check_loaded(folder: Path, info: dict) -> None:
