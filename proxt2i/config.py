@@ -98,10 +98,10 @@ class TrainConfig:
 class SampleConfig:
     every: int = 50_000  # draw the sample grid this often (images); 0: never
     prompts: List[str] = field(default_factory=lambda: [
-        "a smiling woman with long red hair and glasses",
-        "a man with short black hair and a beard",
-        "a woman with blond hair wearing a hat",
-        "a bald man with glasses, not smiling",
+        "a smiling woman with long red hair and glasses on a blue background",
+        "a serious man with short black hair and sunglasses on a yellow background",
+        "a surprised lady with blond hair in a bun on a green background",
+        "a happy dark skinned gentleman with curly gray hair and a beanie on a pink background",
     ])  # one row of the grid each
     per_prompt: int = 4  # images per prompt (columns of the grid)
     seed: int = 0  # image i of the grid uses noise seed `seed + i`

@@ -59,11 +59,12 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         config = load_config(given.config, given.overrides, world_size)
         from proxt2i.training.engine import read_deepspeed_json
-        from proxt2i.training.loop import train
 
         deepspeed_json = read_deepspeed_json(given.deepspeed)
         if rank == 0:
             print(to_yaml(config), flush=True)
+        from proxt2i.training.loop import train  # slow to import: only once the input makes sense
+
         signal_number = train(config, deepspeed_json, given.resume)
     except ValueError as error:
         if not _is_ours(error):
