@@ -56,13 +56,16 @@ class CMakeBuild(build_ext):
         cmake = find_tool("cmake")
         configure = [cmake, "-S", str(ROOT), "-B", str(build), "-G", "Ninja", f"-DPython_EXECUTABLE={sys.executable}",
                      f"-DCMAKE_MAKE_PROGRAM={find_tool('ninja')}", f"-DPROXT2I_CUDA={os.environ.get('PROXT2I_CUDA', 'AUTO')}",
-                     f"-DCMAKE_LIBRARY_OUTPUT_DIRECTORY={target.parent}",
                      f"-DCMAKE_COMPILE_WARNING_AS_ERROR={'ON' if os.environ.get('PROXT2I_WERROR') == '1' else 'OFF'}"]
         try:
             subprocess.run(configure, check=True)
             subprocess.run([cmake, "--build", str(build), "--target", "_C"], check=True)
         except subprocess.CalledProcessError as error:
             raise SystemExit(f"proxt2i: the native build failed at `{' '.join(error.cmd)}`; its messages are above {SKIP_HINT}")
+        target.parent.mkdir(parents=True, exist_ok=True)
+        staged = target.with_suffix(".tmp")
+        shutil.copy2(build / target.name, staged)
+        os.replace(staged, target)  # a running process keeps the old file
 
 
 setup(

@@ -4,21 +4,28 @@
 
 #include "../common/op.h"
 #include "isa.h"
+#include "philox_words.h"
 
 namespace proxt2i {
 namespace {
 
-constexpr int64_t chunk_size = 512;               // elements
+constexpr int64_t chunk_size = 256;               // elements
 constexpr int64_t chunk_blocks = chunk_size / 4;  // Philox blocks
-constexpr int64_t chunks_per_thread = 16;         // at least, so that small calls stay on one thread
+constexpr int64_t chunks_per_thread = 32;         // at least, so that small calls stay on one thread
 
 #define PROXT2I_INLINE static inline __attribute__((always_inline))
 
+template <Isa isa>
 PROXT2I_INLINE void draw_normals(uint64_t seed, uint64_t step, uint64_t first_block, int64_t length, float* z) {
+  uint32_t w0[chunk_blocks], w1[chunk_blocks], w2[chunk_blocks], w3[chunk_blocks];
   float z0[chunk_blocks], z1[chunk_blocks], z2[chunk_blocks], z3[chunk_blocks];
   const int64_t num_blocks = (length + 3) / 4;
+  philox_words<isa>(seed, step, first_block, num_blocks, {w0, w1, w2, w3});
 #pragma omp simd
-  for (int64_t i = 0; i < num_blocks; ++i) philox_normal4(seed, step, first_block + i, z0[i], z1[i], z2[i], z3[i]);
+  for (int64_t i = 0; i < num_blocks; ++i) {
+    box_muller(w0[i], w1[i], z0[i], z1[i]);
+    box_muller(w2[i], w3[i], z2[i], z3[i]);
+  }
   for (int64_t i = 0; i < num_blocks; ++i) {
     z[4 * i] = z0[i];
     z[4 * i + 1] = z1[i];
@@ -33,12 +40,16 @@ PROXT2I_INLINE void renoise_chunk(const T* x, const Z* z, T a, T b, int64_t leng
   for (int64_t i = 0; i < length; ++i) y_next[i] = renoise(x[i], static_cast<T>(z[i]), a, b);
 }
 
-template <typename T, typename E>
+template <Isa isa, typename T, typename E>
 PROXT2I_INLINE void step_chunk(const StepArgs<T, E>& args, int64_t image, int64_t offset, int64_t length) {
   const int64_t at = image * args.per_image + offset;
   const T* y = args.y + at;
   const E* eps_cond = args.eps_cond + at;
   const T w = args.guidance_scale, s = args.sqrt_lam, a = args.a, b = args.b;
+  T* y_next = args.y_next != nullptr ? args.y_next + at : nullptr;
+  const bool draw = y_next != nullptr && args.noise == nullptr && args.seeds != nullptr;
+  float z[chunk_size];
+  if (draw) draw_normals<isa>(static_cast<uint64_t>(args.seeds[image]), args.step, offset / 4, length, z);
   T x[chunk_size];
   if (args.eps_uncond != nullptr) {
     const E* eps_uncond = args.eps_uncond + at;
@@ -51,13 +62,10 @@ PROXT2I_INLINE void step_chunk(const StepArgs<T, E>& args, int64_t image, int64_
     for (int64_t i = 0; i < length; ++i) x[i] = prox(y[i], static_cast<T>(widen(eps_cond[i])), s);
   }
   __builtin_memcpy(args.x + at, x, sizeof(T) * length);
-  if (args.y_next == nullptr) return;
-  T* y_next = args.y_next + at;
+  if (y_next == nullptr) return;
   if (args.noise != nullptr) {
     renoise_chunk(x, args.noise + at, a, b, length, y_next);
-  } else if (args.seeds != nullptr) {
-    float z[chunk_size];
-    draw_normals(static_cast<uint64_t>(args.seeds[image]), args.step, offset / 4, length, z);
+  } else if (draw) {
     renoise_chunk(x, z, a, b, length, y_next);
   } else {
     for (int64_t i = 0; i < length; ++i) y_next[i] = a * x[i];
@@ -72,34 +80,35 @@ struct NormalArgs {
   uint64_t step;
 };
 
+template <Isa isa>
 PROXT2I_INLINE void step_chunk(const NormalArgs& args, int64_t image, int64_t offset, int64_t length) {
   float z[chunk_size];
-  draw_normals(static_cast<uint64_t>(args.seeds[image]), args.step, offset / 4, length, z);
+  draw_normals<isa>(static_cast<uint64_t>(args.seeds[image]), args.step, offset / 4, length, z);
   __builtin_memcpy(args.out + image * args.per_image + offset, z, sizeof(float) * length);
 }
 
-template <typename Args>
+template <Isa isa, typename Args>
 PROXT2I_INLINE void run_chunks(const Args& args, int64_t begin, int64_t end) {
   const int64_t chunks_per_image = (args.per_image + chunk_size - 1) / chunk_size;
   for (int64_t chunk = begin; chunk < end; ++chunk) {
     const int64_t offset = (chunk % chunks_per_image) * chunk_size;
-    step_chunk(args, chunk / chunks_per_image, offset, std::min(chunk_size, args.per_image - offset));
+    step_chunk<isa>(args, chunk / chunks_per_image, offset, std::min(chunk_size, args.per_image - offset));
   }
 }
 
 #if defined(__x86_64__)
 template <typename Args>
 __attribute__((target("avx512f,avx512dq,avx512bw,avx512vl,fma"))) void run_avx512(const Args& args, int64_t begin, int64_t end) {
-  run_chunks(args, begin, end);
+  run_chunks<Isa::avx512>(args, begin, end);
 }
 template <typename Args>
 __attribute__((target("avx2,fma"))) void run_avx2(const Args& args, int64_t begin, int64_t end) {
-  run_chunks(args, begin, end);
+  run_chunks<Isa::avx2>(args, begin, end);
 }
 #endif
 template <typename Args>
 void run_baseline(const Args& args, int64_t begin, int64_t end) {
-  run_chunks(args, begin, end);
+  run_chunks<Isa::baseline>(args, begin, end);
 }
 
 template <typename Args>

@@ -1,0 +1,105 @@
+"""Times the fused proximal step against the same step in eager torch and against diffusers' DDIM step, in one process.
+
+    python benchmarks/prox_step.py [--shape 8 16 64 64] [--threads 2] [--repeats 60] [--device cpu] [--out FILE.json]
+
+fused  proxt2i.ops.prox_step: guidance, prox, next state and counter-based noise in one pass
+eager  the same step as one writes it in torch: torch.randn and elementwise operations
+ddim   the same guidance, then diffusers' DDIMScheduler.step with eta=1
+
+The three take turns, so that other work on the machine hits them alike; times are medians. GB/s counts what a step must move
+(y and both network outputs read, x and the next y written) for all three. Ratios are times divided by the fused step's.
+"""
+
+import argparse
+import json
+import platform
+import statistics
+import time
+from pathlib import Path
+
+import torch
+from diffusers import DDIMScheduler
+
+from proxt2i import _C
+from proxt2i.ops import prox_step
+
+GUIDANCE, SQRT_LAM, A, B = 2.0, 0.8, 1.2, 0.6
+
+
+def make_steps(shape: tuple[int, ...], device: str) -> dict:
+    """name -> function of no arguments that does one step on tensors of this shape."""
+    y, eps_cond, eps_uncond = (torch.randn(shape, device=device) for _ in range(3))
+    seeds = torch.arange(shape[0], device=device)
+    scheduler = DDIMScheduler()
+    scheduler.set_timesteps(8)
+    timestep = int(scheduler.timesteps[3])
+
+    def fused():
+        return prox_step(y, eps_cond, eps_uncond, guidance_scale=GUIDANCE, sqrt_lam=SQRT_LAM, a=A, b=B, seeds=seeds, step=1,
+                         impl="native")
+
+    def eager():
+        eps = eps_uncond + GUIDANCE * (eps_cond - eps_uncond)
+        x = y - SQRT_LAM * eps
+        return x, A * x + B * torch.randn_like(x)
+
+    def ddim():
+        eps = eps_uncond + GUIDANCE * (eps_cond - eps_uncond)
+        return scheduler.step(eps, timestep, y, eta=1.0)
+
+    return {"fused": fused, "eager": eager, "ddim": ddim}
+
+
+def measure(steps: dict, repeats: int, device: str) -> dict[str, list[float]]:
+    """Seconds of each call, the steps taking turns."""
+    wait = torch.cuda.synchronize if device == "cuda" else lambda: None
+    times = {name: [] for name in steps}
+    for repeat in range(-3, repeats):
+        for name, step in steps.items():
+            wait()
+            start = time.perf_counter()
+            step()
+            wait()
+            if repeat >= 0:
+                times[name].append(time.perf_counter() - start)
+    return times
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--shape", type=int, nargs="+", default=[8, 16, 64, 64], help="batch first (default: 8 16 64 64)")
+    parser.add_argument("--threads", type=int, default=None, help="torch.set_num_threads (default: torch's own choice)")
+    parser.add_argument("--repeats", type=int, default=60)
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
+    parser.add_argument("--out", type=Path, help="write the result as JSON")
+    args = parser.parse_args()
+    if args.device == "cuda" and not (torch.cuda.is_available() and _C.build_info()["cuda"]):
+        parser.error("--device cuda needs a GPU and an extension built with CUDA kernels (make gpu-check)")
+    if args.threads:
+        torch.set_num_threads(args.threads)
+
+    torch.manual_seed(0)
+    with torch.no_grad():
+        times = measure(make_steps(tuple(args.shape), args.device), args.repeats, args.device)
+    seconds = {name: statistics.median(values) for name, values in times.items()}
+    num_bytes = 5 * 4 * torch.Size(args.shape).numel()
+    device_name = torch.cuda.get_device_name() if args.device == "cuda" else platform.processor() or platform.machine()
+    result = {
+        "shape": args.shape, "dtype": "float32", "device": args.device, "device_name": device_name,
+        "threads": torch.get_num_threads(), "repeats": args.repeats, "torch": torch.__version__, "build": _C.build_info(),
+        "median_ms": {name: 1e3 * value for name, value in seconds.items()},
+        "min_ms": {name: 1e3 * min(values) for name, values in times.items()},
+        "gb_per_s": {name: num_bytes / value / 1e9 for name, value in seconds.items()},
+        "ratio": {name: seconds[name] / seconds["fused"] for name in ("eager", "ddim")},
+    }
+    for name in times:
+        ratio = f"   {result['ratio'][name]:5.1f}x the fused step" if name in result["ratio"] else ""
+        print(f"{name:6s} {result['median_ms'][name]:8.3f} ms  (best {result['min_ms'][name]:.3f})  "
+              f"{result['gb_per_s'][name]:6.2f} GB/s{ratio}")
+    if args.out:
+        args.out.parent.mkdir(parents=True, exist_ok=True)
+        args.out.write_text(json.dumps(result, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()
