@@ -56,6 +56,7 @@ class CMakeBuild(build_ext):
         cmake = find_tool("cmake")
         configure = [cmake, "-S", str(ROOT), "-B", str(build), "-G", "Ninja", f"-DPython_EXECUTABLE={sys.executable}",
                      f"-DCMAKE_MAKE_PROGRAM={find_tool('ninja')}", f"-DPROXT2I_CUDA={os.environ.get('PROXT2I_CUDA', 'AUTO')}",
+                     f"-DCMAKE_LIBRARY_OUTPUT_DIRECTORY={build}",
                      f"-DCMAKE_COMPILE_WARNING_AS_ERROR={'ON' if os.environ.get('PROXT2I_WERROR') == '1' else 'OFF'}"]
         try:
             subprocess.run(configure, check=True)
