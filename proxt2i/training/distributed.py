@@ -45,7 +45,11 @@ def start(threads: int = 0) -> Ranks:
         deepspeed.ops.__compatible_ops__ = {}
     else:
         torch.cuda.set_device(local_rank)
-    deepspeed.init_distributed(dist_backend="nccl" if on_gpu else "gloo", verbose=False)
+    try:
+        deepspeed.init_distributed(dist_backend="nccl" if on_gpu else "gloo", verbose=False)
+    except dist.DistNetworkError as error:
+        raise ValueError(f"cannot connect the ranks: {error}\nIf another run on this machine uses the port, choose one: "
+                         "deepspeed --master_port 29501 proxt2i/train.py ...") from None
     device = torch.device("cuda", local_rank) if on_gpu else torch.device("cpu")
     return Ranks(dist.get_rank(), dist.get_world_size(), local_rank, device)
 
