@@ -13,3 +13,6 @@ ASSETS = Path(__file__).parent / "assets"
 # Seeds of disjoint portrait sets. Training of the U-ViT and of every component draws below HELD_OUT.
 TRAIN_SEED = 0
 HELD_OUT_SEED = 100_000_000
+
+# The model that `python -m proxt2i.sample` uses when none is named: uvit/ and scheduler/, with the components above.
+SHIPPED_MODEL = ASSETS / "portraits"

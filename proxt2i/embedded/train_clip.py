@@ -94,7 +94,7 @@ def retrieval(clip, tokenizer) -> dict[str, float]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, default=ASSETS, help="folder for clip/, text_encoder/ and tokenizer/")
+    parser.add_argument("--out", type=Path, default=ASSETS, help="folder that gets clip/, text_encoder/ and tokenizer/")
     parser.add_argument("--num-images", type=int, default=10_000, help="portraits; each is drawn twice")
     parser.add_argument("--steps", type=int, default=1_200)
     parser.add_argument("--batch-size", type=int, default=64, help="portraits a step; twice as many pictures")
@@ -131,11 +131,10 @@ def main() -> None:
             tqdm.write(f"step {i + 1}: {retrieval(clip, tokenizer)}")
 
     clip.half().save_pretrained(args.out / "clip")
-    tokenizer.save_pretrained(args.out / "clip")
     tokenizer.save_pretrained(args.out / "tokenizer")
     CLIPTextModel.from_pretrained(args.out / "clip").half().save_pretrained(args.out / "text_encoder")
     figures = {k: round(v, 4) for k, v in retrieval(load_clip(args.out / "clip"), tokenizer).items()}
-    recipe = vars(args) | {"out": None, "parameters": sum(p.numel() for p in clip.parameters()), "held_out": figures, "seconds": round(time.time() - start)}
+    recipe = {k: v for k, v in vars(args).items() if k != "out"} | {"parameters": sum(p.numel() for p in clip.parameters()), "held_out": figures, "seconds": round(time.time() - start)}
     (args.out / "clip" / "recipe.json").write_text(json.dumps(recipe, indent=2) + "\n")
     print(json.dumps(recipe))
 

@@ -92,8 +92,8 @@ def main() -> None:
         logits = torch.cat([judge(x.float() / 127.5 - 1).logits for x in torch.from_numpy(images).split(128)])
     right = torch.stack([z.argmax(1) for z in split_logits(logits)], 1) == targets(metadata)
     judge.half().save_pretrained(args.out)
-    recipe = vars(args) | {
-        "out": None, "parameters": sum(p.numel() for p in judge.parameters()), "held_out_accuracy": round(right.float().mean().item(), 5),
+    recipe = {k: v for k, v in vars(args).items() if k != "out"} | {
+        "parameters": sum(p.numel() for p in judge.parameters()), "held_out_accuracy": round(right.float().mean().item(), 5),
         "held_out_all_right": round(right.all(1).float().mean().item(), 5),
         "held_out_by_attribute": {n: round(right[:, a].float().mean().item(), 5) for a, n in enumerate(ATTRIBUTES)}, "seconds": round(time.time() - start),
     }  # fmt: skip

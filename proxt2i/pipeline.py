@@ -1,0 +1,83 @@
+"""Prompt to picture: text encoders, proximal sampler, VAE, in one function.
+
+`python -m proxt2i.sample`, `python -m proxt2i.evaluate` and the trainer's sample grids all draw through `generate`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from .diffusion import VPSchedule, guided, make_plan, sample
+from .diffusion.plan import Plan
+from .models.bundle import Bundle, Settings
+
+
+def plan_of(settings: Settings, num_steps: int | None = None, plan: str | None = None) -> Plan:
+    """The sampling plan that `settings` (scheduler_config.json) describes, with two choices of the caller's."""
+    schedule = VPSchedule(settings.beta_min, settings.beta_max)
+    return make_plan(plan or settings.plan, num_steps or settings.num_steps, schedule, settings.grid)
+
+
+def check_guidance(scale: float) -> float:
+    if not 0 <= scale <= 100:
+        raise ValueError(f"guidance_scale={scale:g}: use 0 (prompt ignored), 1 (no guidance) or more, up to 100")
+    return float(scale)
+
+
+def pick_device(name: str | None) -> torch.device:
+    """The device `name`, or without one the first GPU, or the CPU. ValueError when it does not exist here."""
+    try:
+        device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"--device {name}: not usable here ({str(error).splitlines()[0]}); try cpu") from None
+    return device
+
+
+@torch.no_grad()
+def generate(
+    bundle: Bundle,
+    prompts: Sequence[str],
+    seeds: Sequence[int],
+    *,
+    num_steps: int | None = None,
+    guidance_scale: float | None = None,
+    plan: str | None = None,
+    batch_size: int = 64,
+    progress: bool = False,
+    callback: Callable[[int, Tensor, Tensor], None] | None = None,
+) -> Tensor:
+    """One picture per (prompt, seed): uint8 [len(prompts), 3, H, W] on the CPU.
+
+    A picture's noise is a function of its seed alone; the batch it is made in changes its pixels by rounding at most.
+    num_steps, guidance_scale, plan: None takes the model's own default. batch_size: pictures sampled together
+    (guidance doubles the network's batch). callback(i, y, x): see `diffusion.sample`, called for every batch.
+    Raises ValueError for an invalid plan, step count or guidance, before anything is computed.
+    """
+    if len(prompts) != len(seeds):
+        raise ValueError(f"{len(prompts)} prompts but {len(seeds)} seeds: give one seed per picture")
+    steps = plan_of(bundle.settings, num_steps, plan)
+    scale = check_guidance(bundle.settings.guidance_scale if guidance_scale is None else guidance_scale)
+    device = next(bundle.uvit.parameters()).device
+    size = bundle.uvit.config.sample_size
+    shape = (bundle.uvit.config.in_channels, size, size)
+
+    distinct = list(dict.fromkeys(prompts))  # every prompt is encoded once
+    text = bundle.text(distinct)
+    null_text = bundle.text([""])
+    row = torch.tensor([distinct.index(p) for p in prompts], device=text[0].device)
+    seeds = torch.as_tensor(seeds, dtype=torch.int64, device=device)
+
+    pictures = []
+    with tqdm(total=len(prompts), desc="sampling", unit="image", disable=not progress) as bar:
+        for chosen in torch.arange(len(prompts), device=device).split(batch_size):
+            eps_fn = guided(bundle.uvit, [e[row[chosen]] for e in text], null_text, scale)
+            latents = sample(eps_fn, steps, shape, seeds[chosen], guidance_scale=scale, callback=callback)
+            images = bundle.codec.decode(latents)
+            pictures.append(((images.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).cpu())
+            bar.update(len(chosen))
+    return torch.cat(pictures)
