@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from proxt2i.diffusion import (
-    PairSampler, TimeSampler, VPSchedule, eps_from_prox, make_plan, noised, prox_from_eps, proximal_matching_loss, sample,
+    PairSampler, TimeSampler, VPSchedule, eps_from_prox, expected_noise, make_plan, noised, prox_from_eps, proximal_matching_loss, sample,
     sample_mse, score_loss,
 )
 
@@ -116,6 +116,49 @@ def test_irreducible_error_with_x0_known():
     torch.testing.assert_close(sample_mse(best, n), floor, rtol=0.02, atol=1e-6)
     for other in (0.95, 1.05):
         assert (sample_mse(best * other, n) > sample_mse(best, n)).all()
+
+
+# ---- the expected-noise target --------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("num_steps, k", [(4, 3), (8, 5), (20, 18)])
+def test_expected_noise_is_the_regression_of_n_on_y_given_x0(num_steps, k):
+    plan = make_plan("hybrid", num_steps)
+    t, lam = (torch.full((400_000,), v[num_steps - k], dtype=torch.float64) for v in (plan.t, plan.lam))
+    x0, e, n = (normals(400_000, seed=s, dtype=torch.float64) for s in (1, 2, 3))
+    x0 = 0.5 + 2 * x0
+    y = noised(x0, t, lam, e, n, SCHEDULE)
+    target = expected_noise(x0, y, t, lam, SCHEDULE)
+    floor = ((1 - SCHEDULE.alpha(t[0])) / (1 - SCHEDULE.alpha(t[0]) + lam[0])).item()
+    assert (n - target).mean().abs() < 0.01  # unbiased,
+    for known in (x0, y, y * x0, target):  # with nothing left that x0 and y explain
+        assert ((n - target) * known).mean().abs() < 0.02 * known.std()
+    assert (n - target).square().mean() == pytest.approx(floor, rel=0.01)  # what it removes is the floor
+
+
+def test_expected_noise_at_t_zero_is_the_noise():
+    x0, n = normals(8, 3, 4, 4, seed=1), normals(8, 3, 4, 4, seed=2)
+    t, lam = torch.zeros(8), torch.linspace(0.1, 4, 8)
+    y = noised(x0, t, lam, normals(8, 3, 4, 4, seed=3), n, SCHEDULE)
+    torch.testing.assert_close(expected_noise(x0, y, t, lam, SCHEDULE), n, rtol=1e-4, atol=1e-5)
+
+
+def test_both_targets_have_the_same_best_answer():
+    """Gaussian data: the linear predictor of either target from y has the exact prox's slope, and the second less scatter."""
+    plan, mean, var = make_plan("hybrid", 6), 0.7, 0.3
+    t, lam = (torch.full((400_000,), v[3], dtype=torch.float64) for v in (plan.t, plan.lam))
+    x0, e, n = (normals(400_000, seed=s, dtype=torch.float64) for s in (4, 5, 6))
+    y = noised(mean + math.sqrt(var) * x0, t, lam, e, n, SCHEDULE)
+    target = expected_noise(mean + math.sqrt(var) * x0, y, t, lam, SCHEDULE)
+    alpha = SCHEDULE.alpha(t[0]).item()
+    exact = math.sqrt(lam[0]) / (alpha * var + 1 - alpha + lam[0].item())
+
+    def slope(z):
+        return (((z - z.mean()) * (y - y.mean())).mean() / y.var()).item()
+
+    assert slope(n) == pytest.approx(exact, rel=0.02) and slope(target) == pytest.approx(exact, rel=0.005)
+    assert (target - exact * (y - y.mean())).var() < 0.2 * (n - exact * (y - y.mean())).var()
+
 
 
 def test_exact_prox_of_a_gaussian_is_the_best_predictor_of_n():

@@ -1,6 +1,6 @@
 """The mathematics: schedule, plans, the proximal sampler, proximal matching, and the score baseline."""
 
-from .matching import LOSSES, PairSampler, noised, proximal_matching_loss, sample_mse
+from .matching import LOSSES, PairSampler, expected_noise, noised, proximal_matching_loss, sample_mse
 from .plan import PLANS, Plan, make_plan, time_grid
 from .proximal import guided, sample, trajectory
 from .schedule import VPSchedule
@@ -11,7 +11,7 @@ from .score import (
 
 __all__ = [
     "LOSSES", "PLANS", "SCORE_SAMPLERS", "PairSampler", "Plan", "ScorePlan", "TimeSampler", "VPSchedule",
-    "ddim", "ddpm", "eps_from_prox", "euler_maruyama", "euler_ode", "guided", "make_plan", "noised",
+    "ddim", "ddpm", "eps_from_prox", "euler_maruyama", "euler_ode", "expected_noise", "guided", "make_plan", "noised",
     "prox_from_eps", "proximal_matching_loss", "sample", "sample_mse", "sample_score", "score_loss",
     "score_plan", "time_grid", "trajectory",
 ]

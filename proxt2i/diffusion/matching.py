@@ -2,7 +2,7 @@
 
     y = sqrt(alpha_t) x_0 + sqrt(1 - alpha_t) e + sqrt(lam) n        loss(eps_theta(y, t, lam, c), n)
 
-The target is n, the noise added for the prox: neither e nor the sum of both.
+The target is n, the noise added for the prox: neither e nor the sum of both. `expected_noise` is its mean given x_0 and y.
 """
 
 from collections.abc import Sequence
@@ -59,6 +59,20 @@ def noised(x0: Tensor, t: Tensor, lam: Tensor, e: Tensor, n: Tensor, schedule: V
     variances = schedule.alpha(t), schedule.one_minus_alpha(t), lam
     signal, noise, prox_noise = (v.sqrt().to(x0.dtype).reshape(-1, *[1] * (x0.dim() - 1)) for v in variances)
     return signal * x0 + noise * e + prox_noise * n
+
+
+def expected_noise(x0: Tensor, y: Tensor, t: Tensor, lam: Tensor, schedule: VPSchedule = VPSchedule()) -> Tensor:
+    """E[n | x0, y] = sqrt(lam) / (1 - alpha_t + lam) * (y - sqrt(alpha_t) x0), the part of n that x0 and y determine (ours).
+
+    Given x0, y - sqrt(alpha_t) x0 = sqrt(1 - alpha_t) e + sqrt(lam) n, and the mean of n given that sum is its share of the
+    variance. As a target it has the same mean given y as n itself (tower rule), hence the same minimiser of the mse, and
+    nothing that no network could predict: the floor (1 - alpha_t) / (1 - alpha_t + lam) of the mse, and its gradient noise,
+    are gone. At t = 0 it is n. Shapes and dtypes as in `noised`.
+    """
+    x0 = _wide(x0)
+    variance = schedule.one_minus_alpha(t) + lam
+    signal, factor = (v.to(x0.dtype).reshape(-1, *[1] * (x0.dim() - 1)) for v in (schedule.alpha(t).sqrt(), lam.sqrt() / variance))
+    return factor * (y - signal * x0)
 
 
 def proximal_matching_loss(eps: Tensor, n: Tensor, zeta: float = 1.0, kind: str = "prox") -> Tensor:

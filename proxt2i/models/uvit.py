@@ -22,7 +22,7 @@ LAMBDA_FLOOR = 1e-4  # lambda below it (the score baseline passes 0) reads as th
 _LATENT_256 = dict(sample_size=32, in_channels=16, patch_size=2, text_dims=[1024, 4096], text_lengths=[77, 128])
 PRESETS: dict[str, dict] = {
     "portraits": dict(sample_size=8, in_channels=16, patch_size=2, embed_dim=128, depth=7, num_heads=4,
-                      text_dims=[96], text_lengths=[24]),
+                      text_dims=[96], text_lengths=[24], qk_norm=True),
     "S": dict(_LATENT_256, embed_dim=512, depth=12, num_heads=8),
     "B": dict(_LATENT_256, embed_dim=768, depth=16, num_heads=12),
     "L": dict(_LATENT_256, embed_dim=1024, depth=20, num_heads=16),

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from proxt2i.config import DiffusionConfig
-from proxt2i.diffusion import PairSampler, TimeSampler, VPSchedule, noised, proximal_matching_loss, score_loss
+from proxt2i.diffusion import PairSampler, TimeSampler, VPSchedule, expected_noise, noised, proximal_matching_loss, score_loss
 from proxt2i.ops import philox_normal
 from proxt2i.training.randomness import DROPOUT, PAIR, sample_seeds, uniforms
 
@@ -47,7 +47,9 @@ class Objective:
         t, lam = t.to(x0.device), lam.to(x0.device)
         e = philox_normal(seeds, 0, x0.shape[1:])
         n = e if self.is_score else philox_normal(seeds, 1, x0.shape[1:])  # the score's lam is 0: n has no weight
-        return Example(noised(x0, t, lam, e, n, self.schedule), t, lam, n, bucket)
+        y = noised(x0, t, lam, e, n, self.schedule)
+        expected = self.config.target == "expected" and not self.is_score
+        return Example(y, t, lam, expected_noise(x0, y, t, lam, self.schedule) if expected else n, bucket)
 
     def loss(self, eps: Tensor, target: Tensor, images_seen: int) -> Tensor:
         """Loss of each sample: float32 [B]."""
