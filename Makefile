@@ -50,8 +50,9 @@ $(STAMP): $(SOURCES)
 
 venv: $(STAMP)
 
+# One thread a process: the tests are small, some start several ranks, and OpenMP's barriers crawl on a busy machine.
 test: $(STAMP)
-	@PROXT2I_REQUIRE_NATIVE=1 "$(BIN)/python" -m pytest -q $(ARGS)
+	@OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} PROXT2I_REQUIRE_NATIVE=1 "$(BIN)/python" -m pytest -q $(ARGS)
 
 demo: $(STAMP)
 	@"$(BIN)/python" -m proxt2i.embedded.demo $(ARGS)
