@@ -57,6 +57,7 @@ class DiffusionConfig:
     plan: str = "hybrid"  # sampling plan whose (t, lambda) pairs are trained
     step_counts: List[int] = field(default_factory=lambda: [4, 5, 6, 8, 10])  # step counts N to train for
     step_weights: Optional[List[float]] = None  # chance of each step count, up to a factor; null: equal
+    snr_power: float = 0.25  # draw step k of a plan in proportion to its signal-to-noise ratio to this power; 0: uniformly
     grid: str = "uniform"  # time grid of the plans
     beta_min: float = 0.1  # beta(0) of the variance-preserving diffusion
     beta_max: float = 20.0  # beta(1)
@@ -229,7 +230,7 @@ def _validate_ranges(config: Config) -> None:
                 "diffusion.zeta", "diffusion.beta_max", "train.images", "train.batch_size", "train.max_bad_steps",
                 "train.log_every", "train.checkpoint_every", "train.keep_checkpoints", "sample.per_prompt", "sample.steps")
     not_negative = ("data.workers", "optim.weight_decay", "optim.warmup_images", "optim.grad_clip",
-                    "optim.ema_ramp", "diffusion.beta_min", "diffusion.l1_images", "train.threads", "sample.every")
+                    "optim.ema_ramp", "diffusion.beta_min", "diffusion.snr_power", "diffusion.l1_images", "train.threads", "sample.every")
     fractions = ("diffusion.caption_dropout", "optim.final_lr")
     choices = {"diffusion.objective": OBJECTIVES, "diffusion.target": TARGETS, "train.precision": PRECISIONS, "optim.schedule": LR_SCHEDULES}
     for key in positive:

@@ -58,6 +58,18 @@ def test_frequencies(weights):
     torch.testing.assert_close(frequency.double(), torch.tensor(expected, dtype=torch.float64), rtol=0, atol=2 / n)
 
 
+def test_snr_power_prefers_pairs_that_show_x0():
+    pairs = PairSampler((4, 10), snr_power=0.5)
+    assert pairs.probabilities.sum() == pytest.approx(1)
+    assert pairs.probabilities[:4].sum() == pytest.approx(0.5)  # step counts keep their share
+    t, lam = (torch.tensor(column, dtype=torch.float64) for column in list(zip(*pairs.table))[:2])
+    snr = SCHEDULE.alpha(t) / (1 - SCHEDULE.alpha(t) + lam)
+    for rows in (slice(0, 4), slice(4, 14)):
+        torch.testing.assert_close(pairs.probabilities[rows] / pairs.probabilities[rows][0], (snr[rows] / snr[rows][0]).sqrt())
+    drawn = torch.bincount(pairs.draw(grid_of_uniforms(100_000))[2], minlength=14) / 100_000
+    torch.testing.assert_close(drawn.double(), pairs.probabilities, atol=2e-5, rtol=0)
+
+
 def test_draw_is_a_function_of_each_uniform_alone():
     pairs, u = PairSampler(), torch.rand(64, generator=torch.Generator().manual_seed(1))
     t, lam, bucket = pairs.draw(u)

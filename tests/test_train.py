@@ -82,7 +82,7 @@ def settings(components, shards, tmp_path):
     return {
         "data.shards": shards, "data.image_size": 32, "data.cache_dir": components / "latents", "model.components": components,
         "model.embed_dim": 32, "model.depth": 3, "model.num_heads": 2, "diffusion.step_counts": "[4,8]",
-        "optim.warmup_images": 32, "optim.ema_half_life": 100, "train.images": 192, "train.batch_size": 16,
+        "optim.lr": 2e-3, "optim.warmup_images": 32, "optim.ema_half_life": 100, "train.images": 192, "train.batch_size": 16,
         "train.log_every": 32, "train.checkpoint_every": 64, "train.run_dir": tmp_path / "run", "train.tensorboard": "false",
         "sample.every": 96, "sample.prompts": "[a red square,a blue square]", "sample.per_prompt": 2, "sample.steps": 4,
     }

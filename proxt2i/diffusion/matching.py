@@ -19,15 +19,18 @@ LOSSES = ("prox", "l1", "l2")
 class PairSampler:
     """Draws (t, lam) from the rows of the plans we sample with: training pairs are the sampler's own queries.
 
-    A step count N is drawn with probability proportional to `weights` (default: equal), then k uniformly in 1..N.
-    (ProxDM draws likewise, from larger step counts; the default counts are ours.)
+    A step count N is drawn with probability proportional to `weights` (default: equal), then k in 1..N with probability
+    proportional to (alpha_t / (1 - alpha_t + lam))^snr_power. Power 0 is uniform, as in ProxDM (which draws from larger step
+    counts; the default counts are ours). Above 0 (ours) fewer draws go to pairs whose y hardly depends on x_0, where there
+    is next to nothing to learn.
 
     table: list of (t, lam, (N, k)), one row a bucket;  probabilities: float64 [rows];
     bucket_names: "N4/k3", ...
     """
 
     def __init__(self, step_counts: Sequence[int] = (4, 5, 6, 8, 10, 20), plan: str = "hybrid",
-                 schedule: VPSchedule = VPSchedule(), weights: Sequence[float] | None = None, grid="uniform"):
+                 schedule: VPSchedule = VPSchedule(), weights: Sequence[float] | None = None, grid="uniform",
+                 snr_power: float = 0.0):
         if not step_counts or len(set(step_counts)) != len(step_counts):
             raise ValueError(f"step_counts={tuple(step_counts)}: need at least one, each once")
         weights = [1.0] * len(step_counts) if weights is None else [float(w) for w in weights]
@@ -38,7 +41,8 @@ class PairSampler:
         for num_steps, weight in zip(step_counts, weights):
             p = make_plan(plan, num_steps, schedule, grid)
             self.table += [(t, lam, (num_steps, num_steps - i)) for i, (t, lam) in enumerate(zip(p.t, p.lam))]
-            probabilities += [weight / sum(weights) / num_steps] * num_steps
+            share = [(schedule.alpha(t) / (schedule.one_minus_alpha(t) + lam)) ** snr_power for t, lam in zip(p.t, p.lam)]
+            probabilities += [weight / sum(weights) * s / sum(share) for s in share]
         self.bucket_names = [f"N{num_steps}/k{k}" for _, _, (num_steps, k) in self.table]
         self.probabilities = torch.tensor(probabilities, dtype=torch.float64)
         self._inner_edges = self.probabilities.cumsum(0)[:-1]

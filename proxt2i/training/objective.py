@@ -33,7 +33,7 @@ class Objective:
         self.schedule = VPSchedule(config.beta_min, config.beta_max)
         self.is_score = config.objective == "score"
         self.pairs = TimeSampler() if self.is_score else PairSampler(
-            config.step_counts, config.plan, self.schedule, config.step_weights, config.grid)
+            config.step_counts, config.plan, self.schedule, config.step_weights, config.grid, config.snr_power)
         # Report by step count ("N4/k3" -> "N4"): the network may be good for 20 steps and bad for 4.
         groups = [name.split("/")[0] for name in self.pairs.bucket_names]
         self.group_names = list(dict.fromkeys(groups))
