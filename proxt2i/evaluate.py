@@ -48,7 +48,8 @@ PER_GROUP = 16  # pictures of one prompt for the diversity figure
 
 
 def references(num_prompts: int, groups: int):
-    """Held-out drawings: (images, captions, metadata) of `num_prompts` prompts, and PER_GROUP drawings for each of `groups`."""
+    """Held-out drawings: images, captions, metadata of `num_prompts` prompts; PER_GROUP drawings for each of the first `groups`
+    prompts; and `num_prompts` drawings of other people."""
     import numpy as np
     import torch
 
@@ -63,7 +64,8 @@ def references(num_prompts: int, groups: int):
     varied = [
         draw_portrait(m["attributes"], random.Random(m["seed"] * PER_GROUP + j)) for m in metadata[:groups] for j in range(PER_GROUP)
     ]
-    return tensor(images), list(captions), list(metadata), tensor(varied)
+    others = [make_portrait(HELD_OUT_SEED + 5_000_000 + i)[0] for i in range(num_prompts)]
+    return tensor(images), list(captions), list(metadata), tensor(varied), tensor(others)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -99,10 +101,9 @@ def run(args: argparse.Namespace) -> list[dict]:
     judge = Judge(device=device)
     args.out.mkdir(parents=True, exist_ok=True)
 
-    drawings, captions, metadata, varied = references(args.num_prompts, args.diversity_prompts)
+    drawings, captions, metadata, varied, others = references(args.num_prompts, args.diversity_prompts)
     real_predicted, real_features = judge(drawings)
     real_diversity = diversity(judge(varied)[1], args.diversity_prompts)
-    half = len(drawings) // 2
     seeds = [args.seed + i for i in range(len(captions))]
     group_captions = [c for c in captions[: args.diversity_prompts] for _ in range(PER_GROUP)]
     group_seeds = [args.seed + 1_000_000 + i for i in range(len(group_captions))]
@@ -121,7 +122,7 @@ def run(args: argparse.Namespace) -> list[dict]:
         decoded = ((decoded.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
     decoded_predicted, decoded_features = judge(decoded)
     rows = [row("drawings", drawings, real_features, real_predicted, judge(varied)[1]), row("drawings through the VAE", decoded, decoded_features, decoded_predicted, judge(varied)[1])]
-    rows[0]["frechet_distance"] = frechet_distance(real_features[:half], real_features[half:])  # two halves against each other
+    rows[0]["frechet_distance"] = frechet_distance(judge(others)[1], real_features)  # another draw of as many
     rows[1]["diversity"] = None
 
     header = f"{'sampler':<26}{'steps':>6}{'guidance':>9}{'accuracy':>10}{'all right':>10}{'FD':>9}{'diversity':>10}{'images/s':>10}"

@@ -76,7 +76,7 @@ def main() -> None:
     call("pretraining on portraits", [*train, f"train.run_dir={run_dir}", *args.overrides])
     model = str(run_dir / "model")
     call("samples", [sys.executable, "-m", "proxt2i.sample", *PROMPTS, "--model", model, "--num-images", "6", "--out", str(run_dir / "pictures")])
-    call("evaluation by the judge", [sys.executable, "-m", "proxt2i.evaluate", "--model", model, "--steps", "4,8", "--out", str(run_dir / "evaluation")])
+    call("evaluation by the judge", [sys.executable, "-m", "proxt2i.evaluate", "--model", model, "--steps", "4,8", "--num-prompts", "512", "--out", str(run_dir / "evaluation")])
     curves = plot_curves(ROOT / run_dir)
     print(
         f"\nDone in {(time.time() - start) / 60:.1f} min. Look at\n  {ROOT / run_dir / 'pictures' / 'grid.png'}   what the prompts above became\n"
