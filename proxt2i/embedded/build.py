@@ -1,4 +1,4 @@
-"""Rebuilds everything in assets/ from nothing: VAE, CLIP, judge, then the portraits model. About 3 hours on 2 cores.
+"""Rebuilds everything in assets/ from nothing: VAE, CLIP, judge, then the portraits model. Takes hours on 2 cores.
 
     python -m proxt2i.embedded.build                 # all four
     python -m proxt2i.embedded.build --only uvit     # the model alone: configs/portraits.yaml, then its figures
