@@ -22,6 +22,7 @@ OBJECTIVES = ("prox", "score")
 TARGETS = ("noise", "expected")
 PRECISIONS = ("auto", "fp32", "bf16")
 LR_SCHEDULES = ("cosine", "constant")
+OPTIMIZERS = ("muon", "adamw")
 
 
 @dataclass
@@ -62,6 +63,8 @@ class DiffusionConfig:
     beta_min: float = 0.1  # beta(0) of the variance-preserving diffusion
     beta_max: float = 20.0  # beta(1)
     target: str = "expected"  # what eps is matched to: noise (n, as in ProxT2I) or expected (E[n | x0, y]: less gradient noise)
+    precondition: bool = True  # let the network predict only what its input does not tell by itself (prox objective)
+    weight_power: float = 0.5  # divide the loss of a pair by its share of picture, c_out^2, to this power; 0: as in ProxT2I
     zeta: float = 1.0  # width of the proximal matching loss (noise standard deviations)
     l1_images: int = 0  # train with the L1 loss for this long first (images)
     caption_dropout: float = 0.1  # chance that a caption is replaced by "" (trains the null branch of guidance)
@@ -69,7 +72,10 @@ class DiffusionConfig:
 
 @dataclass
 class OptimConfig:
-    lr: float = 2e-3  # peak learning rate of AdamW
+    name: str = "muon"  # muon (matrices of the blocks by Muon, the rest by AdamW) or adamw
+    muon_lr: float = 0.02  # peak learning rate of Muon
+    momentum: float = 0.95  # Muon's momentum
+    lr: float = 5e-3  # peak learning rate of AdamW
     betas: List[float] = field(default_factory=lambda: [0.9, 0.99])  # AdamW's running-average factors
     eps: float = 1e-8  # AdamW's denominator floor
     weight_decay: float = 0.01  # decoupled decay, on matrices only (no biases, norms or position embeddings)
@@ -85,7 +91,7 @@ class OptimConfig:
 class TrainConfig:
     run_dir: str = "runs/portraits"  # everything the run writes
     seed: int = 0  # seed of initial weights, data order, noise, dropout
-    images: int = 280_000  # length of the run (images)
+    images: int = 450_000  # length of the run (images)
     batch_size: int = 64  # images per optimiser step, all ranks together
     micro_batch: Optional[int] = None  # images per forward pass and rank; null: batch_size / ranks (no accumulation)
     precision: str = "auto"  # auto (bf16 on GPU, fp32 on CPU), fp32 or bf16: autocast only, parameters stay fp32
@@ -226,13 +232,13 @@ def _sections() -> list[str]:
 
 
 def _validate_ranges(config: Config) -> None:
-    positive = ("data.num_images", "data.shard_size", "data.image_size", "optim.lr", "optim.eps", "optim.ema_half_life",
+    positive = ("data.num_images", "data.shard_size", "data.image_size", "optim.lr", "optim.muon_lr", "optim.eps", "optim.ema_half_life",
                 "diffusion.zeta", "diffusion.beta_max", "train.images", "train.batch_size", "train.max_bad_steps",
                 "train.log_every", "train.checkpoint_every", "train.keep_checkpoints", "sample.per_prompt", "sample.steps")
     not_negative = ("data.workers", "optim.weight_decay", "optim.warmup_images", "optim.grad_clip",
-                    "optim.ema_ramp", "diffusion.beta_min", "diffusion.snr_power", "diffusion.l1_images", "train.threads", "sample.every")
+                    "optim.ema_ramp", "diffusion.beta_min", "diffusion.snr_power", "diffusion.weight_power", "diffusion.l1_images", "train.threads", "sample.every")
     fractions = ("diffusion.caption_dropout", "optim.final_lr")
-    choices = {"diffusion.objective": OBJECTIVES, "diffusion.target": TARGETS, "train.precision": PRECISIONS, "optim.schedule": LR_SCHEDULES}
+    choices = {"optim.name": OPTIMIZERS, "diffusion.objective": OBJECTIVES, "diffusion.target": TARGETS, "train.precision": PRECISIONS, "optim.schedule": LR_SCHEDULES}
     for key in positive:
         if not _get(config, key) > 0:
             raise ValueError(f"{key} must be positive, got {_get(config, key)}")
@@ -245,6 +251,8 @@ def _validate_ranges(config: Config) -> None:
     for key, names in choices.items():
         if _get(config, key) not in names:
             raise ValueError(f"{key} must be one of {', '.join(names)}; got {_get(config, key)!r}")
+    if not 0 <= config.optim.momentum < 1:
+        raise ValueError(f"optim.momentum must lie in [0, 1), got {config.optim.momentum}")
     betas = config.optim.betas
     if len(betas) != 2 or not all(0 <= beta < 1 for beta in betas):
         raise ValueError(f"optim.betas must be two numbers in [0, 1), got {betas}")

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from proxt2i.diffusion import (
-    PairSampler, TimeSampler, VPSchedule, eps_from_prox, expected_noise, make_plan, noised, prox_from_eps, proximal_matching_loss, sample,
+    PairSampler, TimeSampler, VPSchedule, eps_from_prox, expected_noise, make_plan, noised, precondition, prox_from_eps, proximal_matching_loss, sample,
     sample_mse, score_loss,
 )
 
@@ -299,3 +299,26 @@ def test_equivalence_round_trip():
     there_and_back = eps_from_prox(prox_from_eps(mixture_score), t=0.02)
     eps, _ = there_and_back(points(2), s, torch.zeros_like(s))
     torch.testing.assert_close(eps, mixture_score(points(2), s, torch.zeros_like(s))[0], rtol=0, atol=1e-9)
+
+
+# -- preconditioning --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("num_steps, k", [(4, 0), (4, 2), (8, 4), (10, 9)])
+def test_preconditioning_splits_the_target_into_what_y_tells_and_a_unit_remainder(num_steps, k):
+    """For unit-variance data: the remainder of E[n | x0, y] has the variance c_out^2 and is uncorrelated with y."""
+    plan = make_plan("hybrid", num_steps)
+    t, lam = (torch.full((200_000,), v, dtype=torch.float64) for v in (plan.t[k], plan.lam[k]))
+    x0, e, n = (normals(200_000, seed=seed, dtype=torch.float64) for seed in (1, 2, 3))
+    y = noised(x0, t, lam, e, n)
+    c_skip, c_out = precondition(t, lam)
+    remainder = (expected_noise(x0, y, t, lam) - c_skip * y) / c_out
+    assert remainder.square().mean().item() == pytest.approx(1, abs=0.02)
+    assert (remainder * y).mean().item() / y.std().item() == pytest.approx(0, abs=0.02)
+
+
+def test_preconditioned_prox_of_a_standard_normal_is_exact_without_a_network():
+    """prox(y) = y - sqrt(lam) c_skip y = y / (1 + lam), the prox of -lam ln N(0, 1)."""
+    lam = torch.tensor([0.1, 1.0, 4.0], dtype=torch.float64)
+    c_skip, _ = precondition(torch.tensor([0.2, 0.5, 0.9], dtype=torch.float64), lam)
+    torch.testing.assert_close(1 - lam.sqrt() * c_skip, 1 / (1 + lam))

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from proxt2i.diffusion import VPSchedule, precondition
 from proxt2i.models.uvit import (
     LAMBDA_FLOOR, PRESETS, LongSkip, UViT2DModel, attention, build_uvit, resize_position_embedding,
 )
@@ -300,3 +301,18 @@ def test_it_learns():
         loss.backward()
         optimizer.step()
     assert loss < 0.5 * target.square().mean()
+
+
+def test_betas_precondition_the_output():
+    """The same weights with `betas`: eps = c_skip y + c_out F, F the output without."""
+    y, t, lam, text = inputs()
+    plain, preconditioned = small(), small(betas=[0.1, 20.0])
+    c_skip, c_out = (c[:, None, None, None] for c in precondition(t, lam, VPSchedule(0.1, 20.0)))
+    torch.testing.assert_close(preconditioned(y, t, lam, text), c_skip * y + c_out * plain(y, t, lam, text))
+
+
+def test_betas_survive_saving(tmp_path):
+    small(betas=[0.2, 15.0]).save_pretrained(tmp_path)
+    loaded = UViT2DModel.from_pretrained(tmp_path)
+    assert loaded.schedule == VPSchedule(0.2, 15.0)
+    assert torch.equal(loaded(*inputs()), small(betas=[0.2, 15.0])(*inputs()))

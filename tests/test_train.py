@@ -392,14 +392,33 @@ def test_ema_half_life_in_images():
     assert EMA(module, 1000, ramp=0.1).decay(1000, 10) == pytest.approx(0.5 ** 0.1)  # half-life 100 at 1,000 images
 
 
-def test_weight_decay_is_for_matrices_only(settings, ranks):
+@pytest.mark.parametrize("name", ["muon", "adamw"])
+def test_parameter_groups(settings, ranks, name):
+    """Weight decay is for matrices only, Muon for those inside the blocks."""
     trainer = make_trainer(settings, ranks)
-    decayed, plain = engines._parameter_groups(trainer.uvit, 0.1)
     names = {id(parameter): name for name, parameter in trainer.uvit.named_parameters()}
-    assert decayed["weight_decay"] == 0.1 and plain["weight_decay"] == 0.0
+    *muon, decayed, plain = engines._parameter_groups(trainer.uvit, OptimConfig(name=name, weight_decay=0.1))
+    assert len(muon) == (name == "muon")
+    for group in muon:
+        assert all("block" in names[id(p)] and p.ndim == 2 for p in group["params"])
+        assert group["matrix_shapes"] == [p.shape for p in group["params"]]
+        assert not any("block" in names[id(p)] for p in decayed["params"])
+    assert all(group["weight_decay"] == 0.1 for group in [*muon, decayed]) and plain["weight_decay"] == 0.0
     assert all(p.ndim == 2 for p in decayed["params"])
     assert "position" in {names[id(p)] for p in plain["params"]}
-    assert len(decayed["params"]) + len(plain["params"]) == len(names)
+    assert sum(len(group["params"]) for group in [*muon, decayed, plain]) == len(names)
+
+
+def test_muon_and_adamw_follow_one_curve_to_their_own_peaks(settings, ranks):
+    trainer = make_trainer(settings, ranks)
+    engines.set_learning_rate(trainer.engine, OptimConfig(lr=0.01, muon_lr=0.04), 0.005)
+    assert [group["lr"] for group in trainer.engine.optimizer.param_groups] == [0.02, 0.005, 0.005]
+
+
+def test_adamw_alone_trains_too(settings, ranks):
+    trainer = make_trainer(settings, ranks, optim__name="adamw")
+    assert trainer.run() == 0
+    assert not any("matrix_shapes" in group for group in trainer.engine.optimizer.param_groups)
 
 
 @pytest.mark.parametrize("change, message", [
@@ -482,9 +501,10 @@ def test_two_ranks_survive_kill_9(settings, ranks, tmp_path):
     alone = make_trainer(settings, ranks, str(run_dir / newest), **length)
     halves = [load_file(file) for file in sorted((run_dir / newest).glob("optimizer-*"))]
     for group, state in enumerate(engines._partition_states(alone.engine)):
-        moments = torch.cat([half[f"{group}.exp_avg"] for half in halves])[:state["exp_avg"].numel()]
-        assert state["exp_avg"].abs().max() > 0 and torch.equal(state["exp_avg"], moments)
-        assert state["step"] == halves[0][f"{group}.step"] == 100
+        name = "momentum_buffer" if "momentum_buffer" in state else "exp_avg"
+        moments = torch.cat([half[f"{group}.{name}"] for half in halves])[:state[name].numel()]
+        assert state[name].abs().max() > 0 and torch.equal(state[name], moments)
+        assert "step" not in state or state["step"] == halves[0][f"{group}.step"] == 100
 
 
 @pytest.mark.parametrize("arguments, message", [

@@ -16,6 +16,9 @@ from diffusers.configuration_utils import register_to_config
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from ..diffusion.precondition import precondition
+from ..diffusion.schedule import VPSchedule
+
 LAMBDA_FLOOR = 1e-4  # lambda below it (the score baseline passes 0) reads as this value; plans stay far above
 
 # U-ViT's sizes. Depth counts as in U-ViT: 2 * (depth // 2) + 1 blocks, so H (28) has 14 + 1 + 14.
@@ -146,6 +149,8 @@ class UViT2DModel(ModelMixin, ConfigMixin):
         qk_norm: RMSNorm of every head's queries and keys.
         final_conv: a 3x3 convolution after unpatching (U-ViT's `conv`; off in its large models).
         gradient_checkpointing: recompute each block in the backward pass.
+        betas: beta_min and beta_max of the diffusion it is for; the blocks then predict only what y does not tell by
+            itself (see diffusion.precondition). None: they predict eps.
 
     Raises ValueError where the sizes contradict each other, naming the argument.
     """
@@ -157,7 +162,8 @@ class UViT2DModel(ModelMixin, ConfigMixin):
     def __init__(self, sample_size: int, in_channels: int = 16, patch_size: int = 2, embed_dim: int = 1152,
                  depth: int = 28, num_heads: int = 16, mlp_ratio: float = 4.0, text_dims: list[int] = (),
                  text_lengths: list[int] = (), qk_norm: bool = False, final_conv: bool = False,
-                 gradient_checkpointing: bool = False):
+                 gradient_checkpointing: bool = False,
+                 betas: list[float] | None = None):
         super().__init__()
         if sample_size % patch_size:
             raise ValueError(f"sample_size {sample_size} is not divisible by patch_size {patch_size}")
@@ -166,6 +172,7 @@ class UViT2DModel(ModelMixin, ConfigMixin):
         if len(text_dims) != len(text_lengths):
             raise ValueError(f"text_dims {list(text_dims)} and text_lengths {list(text_lengths)} differ in number")
         self.gradient_checkpointing = gradient_checkpointing
+        self.schedule = None if betas is None else VPSchedule(*betas)
         self.num_condition_tokens = 2 + sum(text_lengths)
         patch_dim = patch_size**2 * in_channels
 
@@ -204,7 +211,7 @@ class UViT2DModel(ModelMixin, ConfigMixin):
             y: [B, C, H, W], not yet scaled. t: [B], time in [0, 1]. lam: [B], step lambda >= 0.
             text: one [B, L_i, D_i] per text encoder, zero past the caption's end.
 
-        Returns: eps [B, C, H, W] in y's dtype. The score baseline calls with lam = 0.
+        Returns: eps [B, C, H, W] in y's dtype. The score baseline calls with lam = 0 (and without `betas`).
         """
         self._check_inputs(y, text)
         dtype = self.position.dtype
@@ -221,6 +228,9 @@ class UViT2DModel(ModelMixin, ConfigMixin):
         eps = self._unpatchify(self.out(self.norm(x)))
         if self.conv is not None:
             eps = self.conv(eps)
+        if self.schedule is not None:
+            c_skip, c_out = (c[:, None, None, None] for c in precondition(t.float(), lam.float(), self.schedule))
+            eps = c_skip * y + c_out * eps.float()
         return eps.to(y.dtype)
 
     def _run_blocks(self, x: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""The DeepSpeed engine: its JSON filled in, AdamW, the learning rate, and the optimizer's state as plain tensors."""
+"""The DeepSpeed engine: its JSON filled in, the optimizer, the learning rate, and the optimizer's state as plain tensors."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from proxt2i.config import OptimConfig, TrainConfig
+from proxt2i.training.muon import Muon
 
 AUTO = "auto"
 MAX_BUCKET = 50_000_000  # elements
@@ -79,26 +80,31 @@ def fill_deepspeed_json(loaded: dict, train: TrainConfig, optim: OptimConfig, wo
 
 
 def initialize(model: nn.Module, deepspeed_json: dict, optim: OptimConfig):
-    """Wrap `model` in a DeepSpeed engine with torch's AdamW; weight decay on matrices only."""
+    """Wrap `model` in a DeepSpeed engine with Muon or torch's AdamW; weight decay on matrices only."""
     import deepspeed
+    from deepspeed.runtime.zero.utils import ZERO_SUPPORTED_OPTIMIZERS
 
-    optimizer = torch.optim.AdamW(_parameter_groups(model, optim.weight_decay), lr=optim.lr, betas=tuple(optim.betas),
-                                  eps=optim.eps, fused=True)
+    if Muon not in ZERO_SUPPORTED_OPTIMIZERS:  # it keeps to what ZeRO asks of AdamW: a flat slice, elementwise state
+        ZERO_SUPPORTED_OPTIMIZERS.append(Muon)
+    optimizer = Muon(_parameter_groups(model, optim), lr=optim.lr, betas=tuple(optim.betas), eps=optim.eps, fused=True)
     engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=deepspeed_json)
     return engine
 
 
-def _parameter_groups(model: nn.Module, weight_decay: float) -> list[dict]:
-    decayed, plain = [], []
+def _parameter_groups(model: nn.Module, optim: OptimConfig) -> list[dict]:
+    """Matrices inside the blocks for Muon (none with optim.name adamw), other matrices, and all that is not decayed."""
+    muon, decayed, plain = [], [], []
     for name, parameter in model.named_parameters():
         is_matrix = parameter.ndim >= 2 and not name.endswith("position")
-        (decayed if is_matrix else plain).append(parameter)
-    groups = [{"params": decayed, "weight_decay": weight_decay}, {"params": plain, "weight_decay": 0.0}]
+        in_block = is_matrix and parameter.ndim == 2 and "block" in name and optim.name == "muon"
+        (muon if in_block else decayed if is_matrix else plain).append(parameter)
+    groups = [{"params": muon, "weight_decay": optim.weight_decay, "momentum": optim.momentum, "matrix_shapes": [p.shape for p in muon]},
+              {"params": decayed, "weight_decay": optim.weight_decay}, {"params": plain, "weight_decay": 0.0}]
     return [group for group in groups if group["params"]]
 
 
 def learning_rate(optim: OptimConfig, images_seen: int, total_images: int) -> float:
-    """Linear warm-up, then cosine or constant: a function of the images seen before the step."""
+    """AdamW's: linear warm-up, then cosine or constant, a function of the images seen before the step."""
     if images_seen < optim.warmup_images:
         return optim.lr * (images_seen + 1) / (optim.warmup_images + 1)
     if optim.schedule == "constant":
@@ -107,19 +113,20 @@ def learning_rate(optim: OptimConfig, images_seen: int, total_images: int) -> fl
     return optim.lr * (optim.final_lr + (1 - optim.final_lr) * 0.5 * (1 + math.cos(math.pi * progress)))
 
 
-def set_learning_rate(engine, lr: float) -> None:
+def set_learning_rate(engine, optim: OptimConfig, lr: float) -> None:
+    """lr: AdamW's; Muon's follows the same curve to its own peak."""
     for group in engine.optimizer.param_groups:
-        group["lr"] = lr
+        group["lr"] = lr * optim.muon_lr / optim.lr if "matrix_shapes" in group else lr
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Optimizer state. ZeRO-1 and -2 flatten each parameter group into one vector, padded so that the ranks split it evenly;
-# rank r's slice is `single_partition_of_fp32_groups[g]` and AdamW keeps its moments for that slice alone. We store the
+# rank r's slice is `single_partition_of_fp32_groups[g]` and the optimizer keeps its moments for that slice alone. We store the
 # slices as they are. Laid end to end without the padding they are the whole vector, so any number of ranks can load them.
 
 
 def save_optimizer(engine, folder: Path) -> Path:
-    """Write this rank's AdamW state to `folder`; returns the file."""
+    """Write this rank's optimizer state to `folder`; returns the file."""
     tensors = {}
     for group, state in enumerate(_partition_states(engine)):
         for name, value in state.items():

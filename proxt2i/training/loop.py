@@ -113,7 +113,7 @@ class Trainer:
 
     def step(self) -> None:
         """One optimiser step on `batch_size` images."""
-        engines.set_learning_rate(self.engine, self._learning_rate())
+        engines.set_learning_rate(self.engine, self.config.optim, self._learning_rate())
         waiting = time.perf_counter()
         batch = self.feed.next()
         self.meter.data_seconds += time.perf_counter() - waiting
@@ -122,7 +122,7 @@ class Trainer:
             text = self.objective.drop_captions(part.text, self.feed.null_text, part.positions)
             eps = self.engine(example.y, example.t, example.lam, text)
             losses = self.objective.loss(eps, example.target, self.images_seen)
-            self.engine.backward(losses.mean())
+            self.engine.backward((losses * example.weight).mean())
             self.engine.step()
             self.meter.add_losses(losses.detach(), example.bucket)
         self.images_seen += self.batch_size
@@ -218,6 +218,9 @@ class Trainer:
         codec, text = self.feed.codec, self.feed.text
         settings = {key: value for key, value in asdict(self.config.model).items()
                     if value is not None and key not in ("preset", "components")}
+        diffusion = self.config.diffusion
+        if diffusion.precondition and diffusion.objective == "prox":
+            settings["betas"] = [diffusion.beta_min, diffusion.beta_max]
         uvit = build_uvit(self.config.model.preset, sample_size=self.config.data.image_size // codec.factor,
                           in_channels=codec.channels, text_dims=text.dims, text_lengths=text.lengths, **settings)
         return uvit.to(self.ranks.device)

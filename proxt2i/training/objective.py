@@ -9,19 +9,23 @@ import torch
 from torch import Tensor
 
 from proxt2i.config import DiffusionConfig
-from proxt2i.diffusion import PairSampler, TimeSampler, VPSchedule, expected_noise, noised, proximal_matching_loss, score_loss
+from proxt2i.diffusion import PairSampler, TimeSampler, VPSchedule, expected_noise, noised, precondition, proximal_matching_loss, score_loss
 from proxt2i.ops import philox_normal
 from proxt2i.training.randomness import DROPOUT, PAIR, sample_seeds, uniforms
 
 
 @dataclass(frozen=True)
 class Example:
-    """Network inputs and target. y, target: float32 [B, C, H, W]; t, lam: float32 [B]; bucket: int64 [B] on the CPU."""
+    """Network inputs and target. y, target: float32 [B, C, H, W]; t, lam, weight: float32 [B]; bucket: int64 [B] on the CPU.
+
+    weight: factor of the sample's loss in the training objective.
+    """
 
     y: Tensor
     t: Tensor
     lam: Tensor
     target: Tensor
+    weight: Tensor
     bucket: Tensor
 
 
@@ -48,11 +52,14 @@ class Objective:
         e = philox_normal(seeds, 0, x0.shape[1:])
         n = e if self.is_score else philox_normal(seeds, 1, x0.shape[1:])  # the score's lam is 0: n has no weight
         y = noised(x0, t, lam, e, n, self.schedule)
-        expected = self.config.target == "expected" and not self.is_score
-        return Example(y, t, lam, expected_noise(x0, y, t, lam, self.schedule) if expected else n, bucket)
+        if self.is_score:
+            return Example(y, t, lam, n, torch.ones_like(t), bucket)
+        target = expected_noise(x0, y, t, lam, self.schedule) if self.config.target == "expected" else n
+        weight = precondition(t, lam, self.schedule)[1].pow(-2 * self.config.weight_power)
+        return Example(y, t, lam, target, weight, bucket)
 
     def loss(self, eps: Tensor, target: Tensor, images_seen: int) -> Tensor:
-        """Loss of each sample: float32 [B]."""
+        """Loss of each sample, not weighted: float32 [B]."""
         if self.is_score:
             return score_loss(eps, target)
         kind = "l1" if images_seen < self.config.l1_images else "prox"
