@@ -203,6 +203,16 @@ def test_resume_depends_on_the_optimizer_state(settings, ranks, tmp_path):
     assert any(not torch.equal(right[key], wrong[key]) for key in right)
 
 
+@pytest.mark.parametrize("changes, message", [
+    (dict(optim__name="adamw"), "optim.name must be that of the run"),
+    (dict(diffusion__precondition=False), "trained with preconditioning"),
+    (dict(diffusion__beta_max=15.0), "trained with preconditioning"),
+])
+def test_what_would_change_the_meaning_of_a_checkpoint_is_refused(finished, ranks, changes, message):
+    with pytest.raises(ValueError, match=message):
+        make_trainer(finished[0], ranks, "auto", **changes)
+
+
 def test_existing_checkpoints_are_not_overwritten(settings, ranks):
     make_trainer(settings, ranks, train__images=64).run()
     with pytest.raises(ValueError, match="already holds checkpoints: add --resume .* another train.run_dir"):

@@ -143,6 +143,10 @@ def load_optimizer(engine, folder: Path) -> None:
         raise ValueError(f"{folder} holds no optimizer-*.safetensors")
     parts = [safe_open(file, "pt") for file in files]
     zero, rank = engine.optimizer, dist.get_rank()
+    num_groups, num_saved = len(zero.bit16_groups), len({key.split(".")[0] for key in parts[0].keys()})
+    if num_groups != num_saved:
+        raise ValueError(f"{folder}: optimizer state for {num_saved} parameter groups, this run has {num_groups}: "
+                         "optim.name must be that of the run which wrote it")
     for group, (partition, parameters) in enumerate(zip(zero.single_partition_of_fp32_groups, zero.bit16_groups)):
         size, total = partition.numel(), sum(p.numel() for p in parameters)
         names = [key.split(".", 1)[1] for key in parts[0].keys() if key.startswith(f"{group}.")]

@@ -59,6 +59,7 @@ class Trainer:
         self.objective = Objective(config.diffusion, config.train.seed)
         self.uvit = self._build_uvit()
         if checkpoint:
+            check_same_betas(self.uvit, checkpoint.folder / "uvit")
             load_weights(self.uvit, checkpoint.folder / "uvit" / WEIGHTS)
         self.ema = EMA(self.uvit, config.optim.ema_half_life, config.optim.ema_ramp)
         if checkpoint:
@@ -228,6 +229,14 @@ class Trainer:
     def _say(self, message: str) -> None:
         if self.ranks.is_first:
             print(message, flush=True)
+
+
+def check_same_betas(uvit: UViT2DModel, folder: Path) -> None:
+    """ValueError if the weights in `folder` are for another preconditioning: they would load, and mean something else."""
+    saved = UViT2DModel.load_config(folder).get("betas")
+    if saved != uvit.config.betas:
+        raise ValueError(f"{folder} was trained with preconditioning for (beta_min, beta_max) = {saved}, this run asks for "
+                         f"{uvit.config.betas}: keep diffusion.objective, precondition, beta_min and beta_max as they were")
 
 
 def changed_settings(old: dict, new: dict) -> list[str]:
