@@ -91,7 +91,7 @@ class OptimConfig:
 class TrainConfig:
     run_dir: str = "runs/portraits"  # everything the run writes
     seed: int = 0  # seed of initial weights, data order, noise, dropout
-    images: int = 450_000  # length of the run (images)
+    images: int = 350_000  # length of the run (images)
     batch_size: int = 64  # images per optimiser step, all ranks together
     micro_batch: Optional[int] = None  # images per forward pass and rank; null: batch_size / ranks (no accumulation)
     precision: str = "auto"  # auto (bf16 on GPU, fp32 on CPU), fp32 or bf16: autocast only, parameters stay fp32

@@ -2,8 +2,8 @@
 
 The architecture is U-ViT's (Bao et al., CVPR 2023, `uvit_t2i`): pre-norm LayerNorm blocks, no qkv bias, learned
 positions over the whole sequence, `depth // 2` blocks, one middle block, `depth // 2` blocks that each receive the
-output of their mirror image through a linear layer. Ours: the lambda token, the input scaling 1/sqrt(1 + lambda), and
-one LayerNorm + Linear per text encoder. Weights keep the diffusers layout (config.json + safetensors).
+output of their mirror image through a linear layer. Ours: the lambda token, the input scaling 1/sqrt(1 + lambda), the
+preconditioned output, and one LayerNorm + Linear per text encoder. Weights keep the diffusers layout (config.json + safetensors).
 """
 
 import difflib
