@@ -103,7 +103,8 @@ def run(args: argparse.Namespace) -> list[dict]:
 
     drawings, captions, metadata, varied, others = references(args.num_prompts, args.diversity_prompts)
     real_predicted, real_features = judge(drawings)
-    real_diversity = diversity(judge(varied)[1], args.diversity_prompts)
+    varied_features = judge(varied)[1]
+    real_diversity = diversity(varied_features, args.diversity_prompts)
     seeds = [args.seed + i for i in range(len(captions))]
     group_captions = [c for c in captions[: args.diversity_prompts] for _ in range(PER_GROUP)]
     group_seeds = [args.seed + 1_000_000 + i for i in range(len(group_captions))]
@@ -112,7 +113,7 @@ def run(args: argparse.Namespace) -> list[dict]:
         right, stated = right_attributes(predicted, metadata)
         return {
             "sampler": name, **more, "accuracy": right[stated].float().mean().item(), "all_right": (right | ~stated).all(1).float().mean().item(),
-            "frechet_distance": frechet_distance(features, real_features), "diversity": diversity(group_features, args.diversity_prompts) / real_diversity,
+            "frechet_distance": frechet_distance(features, real_features), "diversity": None if group_features is None else diversity(group_features, args.diversity_prompts) / real_diversity,
             "by_attribute": {n: right[:, a].float().mean().item() for a, n in enumerate(ATTRIBUTES)},
         }  # fmt: skip
 
@@ -121,9 +122,8 @@ def run(args: argparse.Namespace) -> list[dict]:
         decoded = torch.cat([bundle.codec.decode(bundle.codec.encode(x.to(device).float() / 127.5 - 1)).cpu() for x in drawings.split(64)])
         decoded = ((decoded.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
     decoded_predicted, decoded_features = judge(decoded)
-    rows = [row("drawings", drawings, real_features, real_predicted, judge(varied)[1]), row("drawings through the VAE", decoded, decoded_features, decoded_predicted, judge(varied)[1])]
+    rows = [row("drawings", drawings, real_features, real_predicted, varied_features), row("drawings through the VAE", decoded, decoded_features, decoded_predicted, None)]
     rows[0]["frechet_distance"] = frechet_distance(judge(others)[1], real_features)  # another draw of as many
-    rows[1]["diversity"] = None
 
     header = f"{'sampler':<26}{'steps':>6}{'guidance':>9}{'accuracy':>10}{'all right':>10}{'FD':>9}{'diversity':>10}{'images/s':>10}"
     print(header)

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from proxt2i.diffusion import (
-    PairSampler, TimeSampler, VPSchedule, eps_from_prox, expected_noise, make_plan, noised, precondition, prox_from_eps, proximal_matching_loss, sample,
-    sample_mse, score_loss,
+    PairSampler, TimeSampler, VPSchedule, eps_from_prox, expected_noise, make_plan, noised, precondition, prox_from_eps,
+    proximal_matching_loss, sample, sample_mse, score_loss,
 )
 
 SCHEDULE = VPSchedule()
@@ -170,7 +170,6 @@ def test_both_targets_have_the_same_best_answer():
 
     assert slope(n) == pytest.approx(exact, rel=0.02) and slope(target) == pytest.approx(exact, rel=0.005)
     assert (target - exact * (y - y.mean())).var() < 0.2 * (n - exact * (y - y.mean())).var()
-
 
 
 def test_exact_prox_of_a_gaussian_is_the_best_predictor_of_n():

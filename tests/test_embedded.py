@@ -72,9 +72,9 @@ def test_vae_encoder_computes_principal_components(held_out):
 def test_clip_retrieval_is_as_recorded():
     from transformers import AutoTokenizer
 
-    figures = retrieval(load_clip(ASSETS / "clip"), AutoTokenizer.from_pretrained(ASSETS / "tokenizer"), count=512)
+    figures = retrieval(load_clip(ASSETS / "clip"), AutoTokenizer.from_pretrained(ASSETS / "tokenizer"))
     for name, value in recipe("clip")["held_out"].items():
-        assert figures[name] == pytest.approx(value, abs=0.03), name
+        assert figures[name] == pytest.approx(value, abs=0.02), name
     assert min(figures["by_attribute"].values()) > 0.95  # it hears every kind of word
 
 

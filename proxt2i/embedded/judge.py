@@ -7,9 +7,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from proxt2i.data.portraits import ATTRIBUTES
 from proxt2i.embedded import ASSETS
-from proxt2i.embedded.train_judge import label_names, split_logits
+from proxt2i.embedded.train_judge import label_names, split_logits, stated, targets
 
 
 class Judge:
@@ -38,10 +37,7 @@ class Judge:
 
 def right_attributes(predicted: Tensor, metadata: list[dict]) -> tuple[Tensor, Tensor]:
     """Which attributes are as asked, bool [M, A], and which were asked for at all ("stated"), bool [M, A]."""
-    names = list(ATTRIBUTES)
-    truth = torch.tensor([[ATTRIBUTES[n].index(m["attributes"][n]) for n in names] for m in metadata])
-    stated = torch.tensor([[n in m["stated"] for n in names] for m in metadata])
-    return predicted == truth, stated
+    return predicted == targets(metadata), stated(metadata)
 
 
 def frechet_distance(a: Tensor, b: Tensor) -> float:

@@ -21,6 +21,7 @@ from tqdm import tqdm
 
 from proxt2i.data.portraits import ATTRIBUTES, draw_attributes, draw_portrait, write_caption
 from proxt2i.embedded import ASSETS, HELD_OUT_SEED, TRAIN_SEED
+from proxt2i.embedded.train_judge import split_logits, stated, targets
 
 LENGTH = 24  # text positions, start and end tokens included
 
@@ -55,15 +56,11 @@ def build_clip(tokenizer):
 
 
 def draw_pairs(first_seed: int, count: int, complete: bool = False):
-    """`count` portraits, then the same people with one attribute changed.
-
-    Returns images uint8 [2·count, 3, 64, 64], captions, and labels int64 [2·count, 2, attributes]: the index of each
-    attribute's value as drawn, and as the caption states it (0: not stated, else 1 + index).
-    """
+    """`count` portraits, then the same people with one attribute changed: images uint8 [2·count, 3, 64, 64], captions,
+    metadata {"attributes", "stated"}."""
     import numpy as np
 
-    images, captions = np.empty((2, count, 3, 64, 64), np.uint8), [[], []]
-    labels = np.empty((2, count, 2, len(ATTRIBUTES)), np.int64)
+    images, captions, metadata = np.empty((2, count, 3, 64, 64), np.uint8), [[], []], [[], []]
     for i in range(count):
         rng = random.Random(first_seed + i)
         attributes = draw_attributes(rng)
@@ -71,11 +68,10 @@ def draw_pairs(first_seed: int, count: int, complete: bool = False):
         changed = attributes | {name: rng.choice([v for v in ATTRIBUTES[name] if v != attributes[name]])}
         for j, a in enumerate((attributes, changed)):
             images[j, i] = np.asarray(draw_portrait(a, rng)).transpose(2, 0, 1)
-            caption, stated = write_caption(a, rng, complete)
+            caption, told = write_caption(a, rng, complete)
             captions[j].append(caption)
-            labels[j, i, 0] = [values.index(a[n]) for n, values in ATTRIBUTES.items()]
-            labels[j, i, 1] = [1 + values.index(a[n]) if n in stated else 0 for n, values in ATTRIBUTES.items()]
-    return torch.from_numpy(images.reshape(2 * count, 3, 64, 64)), captions[0] + captions[1], torch.from_numpy(labels.reshape(2 * count, 2, -1))
+            metadata[j].append({"attributes": a, "stated": told})
+    return torch.from_numpy(images.reshape(2 * count, 3, 64, 64)), captions[0] + captions[1], metadata[0] + metadata[1]
 
 
 class Heads(torch.nn.Module):
@@ -83,14 +79,15 @@ class Heads(torch.nn.Module):
 
     def __init__(self, width: int):
         super().__init__()
-        self.sizes = [len(values) for values in ATTRIBUTES.values()]
-        self.vision = torch.nn.Linear(width, sum(self.sizes))
-        self.text = torch.nn.Linear(width, sum(n + 1 for n in self.sizes))  # one more: not stated
+        sizes = [len(values) for values in ATTRIBUTES.values()]
+        self.text_sizes = [1 + n for n in sizes]  # the first: not stated
+        self.vision = torch.nn.Linear(width, sum(sizes))
+        self.text = torch.nn.Linear(width, sum(self.text_sizes))
 
-    def loss(self, vision: torch.Tensor, text: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-        drawn = self.vision(vision).split(self.sizes, 1)
-        stated = self.text(text).split([n + 1 for n in self.sizes], 1)
-        losses = [F.cross_entropy(z, labels[:, tower, a]) for tower, heads in enumerate((drawn, stated)) for a, z in enumerate(heads)]
+    def loss(self, vision: torch.Tensor, text: torch.Tensor, drawn: torch.Tensor, told: torch.Tensor) -> torch.Tensor:
+        """drawn: int64 [B, attributes], the index of each value. told: 0 where the caption is silent, else 1 + index."""
+        logits = [*split_logits(self.vision(vision)), *self.text(text).split(self.text_sizes, 1)]
+        losses = [F.cross_entropy(z, label) for z, label in zip(logits, torch.cat([drawn, told], 1).unbind(1), strict=True)]
         return sum(losses) / len(losses)
 
 
@@ -105,14 +102,15 @@ def pixels(images: torch.Tensor) -> torch.Tensor:
 @torch.no_grad()
 def retrieval(clip, tokenizer, count: int = 2048) -> dict:
     """Held-out figures: recall at 1 among 512, and how often the right caption beats the one with one attribute changed."""
-    images, captions, labels = draw_pairs(HELD_OUT_SEED, count, complete=True)
+    images, captions, metadata = draw_pairs(HELD_OUT_SEED, count, complete=True)
     out = [clip(pixel_values=pixels(images[i]), **{k: v[i] for k, v in tokenize(tokenizer, captions).items()}) for i in torch.arange(2 * count).split(128)]
     image = torch.cat([o.image_embeds for o in out])
     text = torch.cat([o.text_embeds for o in out])
     similarity = image[:512] @ text[:512].T
     truth = torch.arange(512)
     right = ((image * text).sum(1) > (image * text.roll(count, 0)).sum(1)).float()
-    which = (labels[:, 0] != labels[:, 0].roll(count, 0)).float()  # one 1 in each row
+    drawn = targets(metadata)
+    which = (drawn != drawn.roll(count, 0)).float()  # one 1 in each row
     return {
         "image_to_text_recall_at_1": (similarity.argmax(1) == truth).float().mean().item(),
         "text_to_image_recall_at_1": (similarity.argmax(0) == truth).float().mean().item(),
@@ -135,7 +133,9 @@ def main() -> None:
 
     torch.manual_seed(args.seed)
     start = time.time()
-    images, captions, labels = draw_pairs(TRAIN_SEED, args.num_images)
+    images, captions, metadata = draw_pairs(TRAIN_SEED, args.num_images)
+    drawn = targets(metadata)
+    told = (1 + drawn) * stated(metadata)
     tokenizer = train_tokenizer(captions)
     tokens = tokenize(tokenizer, captions)
     clip = build_clip(tokenizer)
@@ -151,7 +151,7 @@ def main() -> None:
         truth = torch.arange(len(index))
         loss = (F.cross_entropy(out.logits_per_image, truth) + F.cross_entropy(out.logits_per_text, truth)) / 2
         scale = clip.config.projection_dim**0.5  # the embeddings have length 1
-        loss = loss + heads.loss(scale * out.image_embeds, scale * out.text_embeds, labels[index])
+        loss = loss + heads.loss(scale * out.image_embeds, scale * out.text_embeds, drawn[index], told[index])
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)

@@ -32,6 +32,11 @@ def targets(metadata: list[dict]) -> torch.Tensor:
     return torch.tensor([[ATTRIBUTES[n].index(m["attributes"][n]) for n in ATTRIBUTES] for m in metadata])
 
 
+def stated(metadata: list[dict]) -> torch.Tensor:
+    """bool [M, number of attributes]: does the caption state the attribute?"""
+    return torch.tensor([[n in m["stated"] for n in ATTRIBUTES] for m in metadata])
+
+
 def split_logits(logits: torch.Tensor) -> tuple[torch.Tensor, ...]:
     """[B, sum of value counts] -> one [B, values] per attribute, in the order of `ATTRIBUTES`."""
     return logits.split([len(v) for v in ATTRIBUTES.values()], 1)

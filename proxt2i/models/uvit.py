@@ -162,8 +162,7 @@ class UViT2DModel(ModelMixin, ConfigMixin):
     def __init__(self, sample_size: int, in_channels: int = 16, patch_size: int = 2, embed_dim: int = 1152,
                  depth: int = 28, num_heads: int = 16, mlp_ratio: float = 4.0, text_dims: list[int] = (),
                  text_lengths: list[int] = (), qk_norm: bool = False, final_conv: bool = False,
-                 gradient_checkpointing: bool = False,
-                 betas: list[float] | None = None):
+                 gradient_checkpointing: bool = False, betas: list[float] | None = None):
         super().__init__()
         if sample_size % patch_size:
             raise ValueError(f"sample_size {sample_size} is not divisible by patch_size {patch_size}")

@@ -59,8 +59,8 @@ class Trainer:
         self.objective = Objective(config.diffusion, config.train.seed)
         self.uvit = self._build_uvit()
         if checkpoint:
-            check_same_betas(self.uvit, checkpoint.folder / "uvit")
             load_weights(self.uvit, checkpoint.folder / "uvit" / WEIGHTS)
+            check_same_network(self.uvit, checkpoint.folder / "uvit")
         self.ema = EMA(self.uvit, config.optim.ema_half_life, config.optim.ema_ramp)
         if checkpoint:
             load_weights(self.ema.model, checkpoint.folder / "uvit_ema" / WEIGHTS)
@@ -231,12 +231,15 @@ class Trainer:
             print(message, flush=True)
 
 
-def check_same_betas(uvit: UViT2DModel, folder: Path) -> None:
-    """ValueError if the weights in `folder` are for another preconditioning: they would load, and mean something else."""
-    saved = UViT2DModel.load_config(folder).get("betas")
-    if saved != uvit.config.betas:
-        raise ValueError(f"{folder} was trained with preconditioning for (beta_min, beta_max) = {saved}, this run asks for "
-                         f"{uvit.config.betas}: keep diffusion.objective, precondition, beta_min and beta_max as they were")
+def check_same_network(uvit: UViT2DModel, folder: Path) -> None:
+    """ValueError if the weights in `folder` are another network's: some would load (another number of heads, another
+    preconditioning), and mean something else."""
+    saved = UViT2DModel.load_config(folder)
+    for key, value in uvit.config.items():
+        if not key.startswith("_") and key != "gradient_checkpointing" and saved.get(key) != value:
+            name = "preconditioning for (beta_min, beta_max)" if key == "betas" else key
+            raise ValueError(f"{folder} was trained with {name} = {saved.get(key)}, this run asks for {value}: keep the model and "
+                             "diffusion settings as they were")
 
 
 def changed_settings(old: dict, new: dict) -> list[str]:
