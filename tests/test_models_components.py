@@ -318,6 +318,14 @@ def test_missing_parts_are_named(model, part, message):
         load_bundle(model)
 
 
+@pytest.mark.parametrize("betas", [[20.0, 0.1], [0.1, 20.0, 1.0], "x"])
+def test_a_config_that_describes_no_uvit_is_named(model, betas):
+    path = model / "uvit" / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"betas": betas}))
+    with pytest.raises(ValueError, match="uvit/config.json describes no U-ViT"):
+        load_bundle(model)
+
+
 def test_wrong_class_wrong_weights_and_wrong_settings_are_named(model, tmp_path):
     with pytest.raises(ValueError, match="folder .*nothing does not exist"):
         load_bundle(tmp_path / "nothing")

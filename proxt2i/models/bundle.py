@@ -107,8 +107,11 @@ def load_uvit(folder: Path | str, device="cpu", dtype: torch.dtype = torch.float
         raise ValueError(f"{folder / 'config.json'} says _class_name {config.get('_class_name')!r}; "
                          "UViT2DModel is needed")
     path = folder / "diffusion_pytorch_model.safetensors"
-    with torch.device("meta"):  # no time spent on an initialisation that the file replaces
-        uvit = UViT2DModel.from_config(config)
+    try:
+        with torch.device("meta"):  # no time spent on an initialisation that the file replaces
+            uvit = UViT2DModel.from_config(config)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{folder / 'config.json'} describes no U-ViT: {error}") from None
     load_weights(uvit, path, assign=True)
     return nn.Module.to(uvit, device=device, dtype=dtype)  # diffusers' own `to` warns about every cast
 
