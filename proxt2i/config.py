@@ -63,10 +63,12 @@ class DiffusionConfig:
     beta_min: float = 0.1  # beta(0) of the variance-preserving diffusion
     beta_max: float = 20.0  # beta(1)
     target: str = "expected"  # what eps is matched to: noise (n, as in ProxT2I) or expected (E[n | x0, y]: less gradient noise)
-    precondition: bool = True  # let the network predict only what its input does not tell by itself (prox objective)
+    precondition: bool = True  # let the network predict only what its input does not tell by itself
     weight_power: float = 0.5  # divide the loss of a pair by its share of picture, c_out^2, to this power; 0: as in ProxT2I
     zeta: float = 1.0  # width of the proximal matching loss (noise standard deviations)
     l1_images: int = 0  # train with the L1 loss for this long first (images)
+    centred_images: int = 0  # end the run with the centred proximal matching loss, for this long (images)
+    centred_zeta: float = 0.55  # its width, relative to the pair's average error; smaller: nearer to the mode, less varied pictures
     caption_dropout: float = 0.1  # chance that a caption is replaced by "" (trains the null branch of guidance)
 
 
@@ -116,6 +118,7 @@ class SampleConfig:
     seed: int = 0  # image i of the grid uses noise seed `seed + i`
     steps: int = 8  # sampling steps
     guidance: float = 2.0  # guidance scale; 1: none
+    guidance_below: float = 1.0  # guide only steps with the noise of a time up to this one (1: all, 0: the last)
     plan: str = "hybrid"  # sampling plan
 
 
@@ -233,11 +236,11 @@ def _sections() -> list[str]:
 
 def _validate_ranges(config: Config) -> None:
     positive = ("data.num_images", "data.shard_size", "data.image_size", "optim.lr", "optim.muon_lr", "optim.eps", "optim.ema_half_life",
-                "diffusion.zeta", "diffusion.beta_max", "train.images", "train.batch_size", "train.max_bad_steps",
+                "diffusion.zeta", "diffusion.centred_zeta", "diffusion.beta_max", "train.images", "train.batch_size", "train.max_bad_steps",
                 "train.log_every", "train.checkpoint_every", "train.keep_checkpoints", "sample.per_prompt", "sample.steps")
     not_negative = ("data.workers", "optim.weight_decay", "optim.warmup_images", "optim.grad_clip",
-                    "optim.ema_ramp", "diffusion.beta_min", "diffusion.snr_power", "diffusion.weight_power", "diffusion.l1_images", "train.threads", "sample.every")
-    fractions = ("diffusion.caption_dropout", "optim.final_lr")
+                    "optim.ema_ramp", "diffusion.beta_min", "diffusion.snr_power", "diffusion.weight_power", "diffusion.l1_images", "diffusion.centred_images", "train.threads", "sample.every")
+    fractions = ("diffusion.caption_dropout", "optim.final_lr", "sample.guidance_below")
     choices = {"optim.name": OPTIMIZERS, "diffusion.objective": OBJECTIVES, "diffusion.target": TARGETS, "train.precision": PRECISIONS, "optim.schedule": LR_SCHEDULES}
     for key in positive:
         if not _get(config, key) > 0:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from .diffusion import VPSchedule, guided, make_plan, sample
+from .diffusion import VPSchedule, guidance_scales, guided, make_plan, sample
 from .diffusion.plan import Plan
 from .models.bundle import Bundle, Settings
 
@@ -26,6 +26,12 @@ def check_guidance(scale: float) -> float:
     if not 0 <= scale <= 100:
         raise ValueError(f"guidance_scale={scale:g}: use 0 (prompt ignored), 1 (no guidance) or more, up to 100")
     return float(scale)
+
+
+def check_guidance_below(t: float) -> float:
+    if not 0 <= t <= 1:
+        raise ValueError(f"guidance_below={t:g}: must be a time between 0 (only the last step is guided) and 1 (all are)")
+    return float(t)
 
 
 def pick_device(name: str | None) -> torch.device:
@@ -47,6 +53,7 @@ def generate(
     num_steps: int | None = None,
     guidance_scale: float | None = None,
     plan: str | None = None,
+    guidance_below: float | None = None,
     batch_size: int = 64,
     progress: bool = False,
     callback: Callable[[int, Tensor, Tensor], None] | None = None,
@@ -54,7 +61,7 @@ def generate(
     """One picture per (prompt, seed): uint8 [len(prompts), 3, H, W] on the CPU.
 
     A picture's noise is a function of its seed alone; the batch it is made in changes its pixels by rounding at most.
-    num_steps, guidance_scale, plan: None takes the model's own default. batch_size: pictures sampled together
+    num_steps, guidance_scale, plan, guidance_below (see `diffusion.guidance_scales`): None takes the model's own default. batch_size: pictures sampled together
     (guidance doubles the network's batch). callback(i, y, x): see `diffusion.sample`, called for every batch.
     Raises ValueError for an invalid plan, step count or guidance, before anything is computed.
     """
@@ -62,6 +69,8 @@ def generate(
         raise ValueError(f"{len(prompts)} prompts but {len(seeds)} seeds: give one seed per picture")
     steps = plan_of(bundle.settings, num_steps, plan)
     scale = check_guidance(bundle.settings.guidance_scale if guidance_scale is None else guidance_scale)
+    below = check_guidance_below(bundle.settings.guidance_below if guidance_below is None else guidance_below)
+    scales = guidance_scales(steps, scale, below)
     device = next(bundle.uvit.parameters()).device
     size = bundle.uvit.config.sample_size
     shape = (bundle.uvit.config.in_channels, size, size)
@@ -75,8 +84,8 @@ def generate(
     pictures = []
     with tqdm(total=len(prompts), desc="sampling", unit="image", disable=not progress) as bar:
         for chosen in torch.arange(len(prompts), device=device).split(batch_size):
-            eps_fn = guided(bundle.uvit, [e[row[chosen]] for e in text], null_text, scale)
-            latents = sample(eps_fn, steps, shape, seeds[chosen], guidance_scale=scale, callback=callback)
+            eps_fn = guided(bundle.uvit, [e[row[chosen]] for e in text], null_text)
+            latents = sample(eps_fn, steps, shape, seeds[chosen], guidance_scale=scales, callback=callback)
             images = bundle.codec.decode(latents)
             pictures.append(((images.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).cpu())
             bar.update(len(chosen))

@@ -28,7 +28,7 @@ def grid_of_uniforms(n):
 def test_every_pair_is_a_query_of_the_sampler_bit_for_bit():
     queries = {}
 
-    def eps_fn(y, t, lam):
+    def eps_fn(y, t, lam, guidance_scale):
         queries[t.item(), lam.item()] = f"N{num_steps}/k{num_steps - sum(name.startswith(f'N{num_steps}/') for name in queries.values())}"
         return torch.zeros_like(y), None
 
@@ -253,13 +253,13 @@ def posterior_mean_noise(y, noise_variance, signal, extra):
     return (responsibility * offset * noise_variance.sqrt() / variance).sum(-1)
 
 
-def mixture_score(x, t, lam):
+def mixture_score(x, t, lam, guidance_scale=1):
     assert (lam == 0).all()
     t = t[:, None, None]
     return posterior_mean_noise(x, SCHEDULE.one_minus_alpha(t), SCHEDULE.alpha(t).sqrt(), torch.zeros_like(t)), None
 
 
-def mixture_prox(y, t, lam):
+def mixture_prox(y, t, lam, guidance_scale=2):
     t, lam = t[:, None, None], lam[:, None, None]
     eps = posterior_mean_noise(y, lam, SCHEDULE.alpha(t).sqrt(), SCHEDULE.one_minus_alpha(t))
     return eps, eps + 1  # a second branch, to see that both are converted
@@ -273,7 +273,7 @@ def test_prox_from_eps_on_a_mixture():
     table = PairSampler().table + [(0.3, 0.8, None)]
     t, lam = (torch.tensor([row[i] for row in table], dtype=torch.float64) for i in (0, 1))
     y = points(len(table))
-    eps, none = prox_from_eps(mixture_score)(y, t, lam)
+    eps, none = prox_from_eps(mixture_score)(y, t, lam, 1)
     torch.testing.assert_close(eps, mixture_prox(y, t, lam)[0], rtol=0, atol=1e-6)
     assert none is None
     # the formula as published in terms of f
@@ -288,7 +288,7 @@ def test_prox_from_eps_on_a_mixture():
 def test_eps_from_prox_on_a_mixture(t):
     s = torch.tensor([0.1, 0.25, 0.5, 0.9, 1.0], dtype=torch.float64)
     x = points(5)
-    eps, other = eps_from_prox(mixture_prox, t=t)(x, s, torch.zeros_like(s))
+    eps, other = eps_from_prox(mixture_prox, t=t)(x, s, torch.zeros_like(s), 2)
     torch.testing.assert_close(eps, mixture_score(x, s, torch.zeros_like(s))[0], rtol=0, atol=1e-6)
     assert (other > eps).all()
 
@@ -296,7 +296,7 @@ def test_eps_from_prox_on_a_mixture(t):
 def test_equivalence_round_trip():
     s = torch.tensor([0.1, 0.6], dtype=torch.float64)
     there_and_back = eps_from_prox(prox_from_eps(mixture_score), t=0.02)
-    eps, _ = there_and_back(points(2), s, torch.zeros_like(s))
+    eps, _ = there_and_back(points(2), s, torch.zeros_like(s), 1)
     torch.testing.assert_close(eps, mixture_score(points(2), s, torch.zeros_like(s))[0], rtol=0, atol=1e-9)
 
 
@@ -321,3 +321,29 @@ def test_preconditioned_prox_of_a_standard_normal_is_exact_without_a_network():
     lam = torch.tensor([0.1, 1.0, 4.0], dtype=torch.float64)
     c_skip, _ = precondition(torch.tensor([0.2, 0.5, 0.9], dtype=torch.float64), lam)
     torch.testing.assert_close(1 - lam.sqrt() * c_skip, 1 / (1 + lam))
+
+
+# -- the centred loss -------------------------------------------------------------------------------------------------
+
+
+def test_centred_loss_is_the_proximal_loss_up_to_a_factor_and_a_constant():
+    eps, n = normals(64, 50, seed=1).double().requires_grad_(), normals(64, 50, seed=2).double()
+    zeta, centre = 0.4, torch.full((64,), 1.9, dtype=torch.float64)
+    plain = proximal_matching_loss(eps, n, zeta * 1.9**0.5)
+    centred = proximal_matching_loss(eps, n, zeta, centre=centre)
+    factor = zeta**2 * 1.9 * math.exp(1 / zeta**2)
+    torch.testing.assert_close(centred, factor * plain + 1.9 + zeta**2 * 1.9 * (1 - math.exp(1 / zeta**2)))
+    (gradient,) = torch.autograd.grad(centred.sum(), eps)
+    mse = (eps - n).square().mean(1, keepdim=True)
+    torch.testing.assert_close(gradient, 2 / 50 * (eps - n) * (-(mse / 1.9 - 1) / zeta**2).exp())
+
+
+@pytest.mark.parametrize("scale", [1e-3, 1.0, 30.0])
+def test_centred_loss_does_not_depend_on_the_size_of_the_error(scale):
+    """Where the plain loss is the mse (small errors) or flat (large ones), the centred one still picks the nearer samples."""
+    mse = torch.tensor([0.5, 1.0, 2.0], dtype=torch.float64) * scale
+    eps = mse.sqrt()[:, None].requires_grad_()
+    loss = proximal_matching_loss(eps, torch.zeros(3, 1, dtype=torch.float64), 0.5, centre=torch.full((3,), scale, dtype=torch.float64))
+    (gradient,) = torch.autograd.grad(loss.sum(), eps)
+    assert (gradient / (2 * eps)).flatten().tolist() == pytest.approx([math.exp(2), 1, math.exp(-4)])
+    assert loss[1].item() == pytest.approx(scale)

@@ -26,7 +26,7 @@ def column(v, like):
 
 def prox_network(mean, std):
     """eps_fn of the exact prox f = (v y + lam m) / (v + lam)."""
-    def eps_fn(y, t, lam):
+    def eps_fn(y, t, lam, guidance_scale=1):
         m, v = (column(q, y) for q in marginal(mean, std, t))
         return column(lam.sqrt(), y) * (y - m) / (v + column(lam, y)), None
     return eps_fn
@@ -34,7 +34,7 @@ def prox_network(mean, std):
 
 def score_network(mean, std):
     """eps_fn of the exact E[e | x_t]."""
-    def eps_fn(x, t, lam):
+    def eps_fn(x, t, lam, guidance_scale=1):
         assert (lam == 0).all()
         m, v = (column(q, x) for q in marginal(mean, std, t))
         return column(SCHEDULE.one_minus_alpha(t).sqrt(), x) * (x - m) / v, None
@@ -145,7 +145,7 @@ def test_score_samplers_draw_real_noise(name):
     assert x.std().item() == pytest.approx(0.5, abs=0.04)  # the exact bias at 100 steps is at most 11 percent of 0.5 (ddpm)
 
 
-def nonlinear(y, t, lam):
+def nonlinear(y, t, lam, guidance_scale=1):
     """Any network whose images do not see each other."""
     return torch.sin(2 * y + column(t, y)) * column(lam, y).exp().rsqrt(), None
 
@@ -155,14 +155,16 @@ def test_sample_is_the_written_recursion(name):
     plan, seeds, shape = make_plan(name, 11), torch.tensor([5, 2**40 + 1]), (3, 5)
     states = []
     result = sample(nonlinear, plan, shape, seeds, callback=lambda i, y, x: states.append((i, y.clone(), x.clone())))
-    x = ops.philox_normal(seeds, 0, shape)
-    for i in range(11):
-        y = plan.a[i] * x + plan.b[i] * ops.philox_normal(seeds, i + 1, shape)
-        x = y - plan.lam[i] ** 0.5 * nonlinear(y, torch.full((2,), plan.t[i]), torch.full((2,), plan.lam[i]))[0]
+    x, clean = ops.philox_normal(seeds, 0, shape), [0, 0]
+    for i, (t, lam) in enumerate(zip(plan.t, plan.lam)):
+        y = plan.a[i] * x + plan.b[i] * ops.philox_normal(seeds, i + 1, shape) + plan.m[i] * (clean[-1] - clean[-2])
         assert states[i][0] == i
         torch.testing.assert_close(states[i][1], y, rtol=1e-4, atol=1e-4)
-        torch.testing.assert_close(states[i][2], x, rtol=1e-4, atol=1e-4)
-        y, x = states[i][1], states[i][2]
+        y = states[i][1]
+        eps = nonlinear(y, torch.full((2,), t), torch.full((2,), lam))[0]
+        torch.testing.assert_close(states[i][2], y + plan.rho[i] * (-(lam**0.5) * eps), rtol=1e-4, atol=1e-4)
+        x = states[i][2]
+        clean.append((y - (SCHEDULE.one_minus_alpha(t) + lam) / lam**0.5 * eps) / SCHEDULE.alpha(t) ** 0.5)
     assert torch.equal(result, states[-1][2]) and len(states) == 11
 
 
@@ -208,23 +210,23 @@ def test_seeds_and_guidance_mismatches_are_refused():
     for seeds in ([0.5], torch.zeros(2, 2, dtype=torch.int64), 3, [True]):
         with pytest.raises(ValueError, match="seeds"):
             sample(nonlinear, plan, (2,), seeds)
-    with pytest.raises(ValueError, match="no unconditional eps but guidance_scale=3"):
+    with pytest.raises(ValueError, match="no unconditional eps for guidance_scale=3"):
         sample(nonlinear, plan, (2,), [1], guidance_scale=3)
-    with pytest.raises(ValueError, match="an unconditional eps but guidance_scale=1"):
-        sample(lambda y, t, lam: (y, y), plan, (2,), [1])
+    with pytest.raises(ValueError, match="an unconditional eps for guidance_scale=1"):
+        sample(lambda y, t, lam, scale: (y, y), plan, (2,), [1])
 
 
 def test_trajectory_keeps_gradients():
     gain = torch.tensor(0.3, requires_grad=True)
-    for _, _, x in trajectory(lambda y, t, lam: (gain * y, None), make_plan("hybrid", 4), (3,), [1, 2]):
+    for _, _, x in trajectory(lambda y, t, lam, scale: (gain * y, None), make_plan("hybrid", 4), (3,), [1, 2]):
         pass
     x.sum().backward()
     with torch.no_grad():
         values = []
         for nudged in (gain - 1e-2, gain + 1e-2):
-            values.append(sample(lambda y, t, lam: (nudged * y, None), make_plan("hybrid", 4), (3,), [1, 2]).sum())
+            values.append(sample(lambda y, t, lam, scale: (nudged * y, None), make_plan("hybrid", 4), (3,), [1, 2]).sum())
     assert gain.grad == pytest.approx((values[1] - values[0]).item() / 2e-2, rel=2e-2)
-    assert not sample(lambda y, t, lam: (gain * y, None), make_plan("hybrid", 4), (3,), [1]).requires_grad
+    assert not sample(lambda y, t, lam, scale: (gain * y, None), make_plan("hybrid", 4), (3,), [1]).requires_grad
 
 
 class TextModel:
@@ -250,7 +252,7 @@ def test_guided_batches_both_branches(null_batch):
     text, null = random_texts(3), [v[:1].expand(null_batch, -1, -1) for v in random_texts(7)]
     y, t, lam = torch.randn(3, 2, 4, generator=torch.Generator().manual_seed(0)), torch.rand(3), torch.rand(3)
     model = TextModel()
-    eps_cond, eps_uncond = guided(model, text, null, 2.5)(y, t, lam)
+    eps_cond, eps_uncond = guided(model, text, null)(y, t, lam, 2.5)
     assert model.batches == [6]
     assert torch.equal(eps_cond, model(y, t, lam, text))
     assert torch.equal(eps_uncond, model(y, t, lam, [v[:1].expand(3, -1, -1) for v in null]))
@@ -259,17 +261,17 @@ def test_guided_batches_both_branches(null_batch):
 def test_guided_skips_the_branch_without_weight():
     text, null = random_texts(2), random_texts(1)
     model, plan = TextModel(), make_plan("hybrid", 4)
-    conditional = sample(guided(model, text, None, 1), plan, (3,), [1, 2])
+    conditional = sample(guided(model, text), plan, (3,), [1, 2])
     assert model.batches == [2] * 4 and all(t is text for t in model.texts)
-    nothing = sample(guided(model, text, null, 0), plan, (3,), [1, 2], guidance_scale=0)
+    nothing = sample(guided(model, text, null), plan, (3,), [1, 2], guidance_scale=0)
     assert model.batches == [2] * 8
-    torch.testing.assert_close(nothing, sample(lambda *v: (model(*v, [n.expand(2, -1, -1) for n in null]), None), plan, (3,), [1, 2]))
+    torch.testing.assert_close(nothing, sample(lambda *v: (model(*v[:3], [n.expand(2, -1, -1) for n in null]), None), plan, (3,), [1, 2]))
     for scale, limit in ((1.0001, conditional), (0.0001, nothing)):
-        near = sample(guided(model, text, null, scale), plan, (3,), [1, 2], guidance_scale=scale)
+        near = sample(guided(model, text, null), plan, (3,), [1, 2], guidance_scale=scale)
         torch.testing.assert_close(near, limit, rtol=0, atol=0.02)
     assert (conditional - nothing).abs().max() > 0.1
     with pytest.raises(ValueError, match="null_text"):
-        guided(model, text, None, 2)
+        sample(guided(model, text), plan, (3,), [1, 2], guidance_scale=2)
 
 
 @pytest.mark.parametrize("scale", [0.5, 1.5, 4.0])

@@ -10,14 +10,22 @@ predicts the remainder, scaled to unit variance:
 with v = 1 - alpha + lam. c_out^2 is the variance of E[n | x_0, y] - c_skip y (`matching.expected_noise`): with
 y = sqrt(alpha) x_0 + sqrt(v) z it is sqrt(lam) alpha / (sqrt(v) (alpha + v)) z - sqrt(lam alpha) / (alpha + v) x_0, and
 alpha + v = 1 + lam.
+
+A score network predicts all of the noise in x_t (lam = 0). The same derivation gives it c_skip = sqrt(1 - alpha) and
+c_out = sqrt(alpha): F = sqrt(alpha) e - sqrt(1 - alpha) x_0 is the "v" of Salimans & Ho (2022). It is also what the prox
+network has at t = 0, lam = (1 - alpha) / alpha, where n is all the noise in y = x / sqrt(alpha).
 """
 
+import torch
 from torch import Tensor
 
 from .schedule import VPSchedule
 
 
 def precondition(t: Tensor, lam: Tensor, schedule: VPSchedule = VPSchedule()) -> tuple[Tensor, Tensor]:
-    """(c_skip, c_out) for t, lam of any shape, in their dtype; lam > 0 (at lam = 0 both are 0)."""
+    """(c_skip, c_out) for t, lam of any shape, in their dtype; where lam = 0, those of a score network."""
     alpha, variance = schedule.alpha(t), schedule.one_minus_alpha(t) + lam
-    return lam.sqrt() / (1 + lam), (lam * alpha / (variance * (1 + lam))).sqrt()
+    of_all_noise = lam == 0
+    c_skip = torch.where(of_all_noise, variance, lam).sqrt() / (1 + lam)
+    c_out = torch.where(of_all_noise, alpha, lam * alpha / (variance * (1 + lam))).sqrt()
+    return c_skip, c_out

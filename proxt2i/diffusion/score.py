@@ -18,7 +18,7 @@ from torch import Tensor
 from ..ops import philox_normal, prox_step
 from .matching import sample_mse
 from .plan import Grid, check_name, time_grid
-from .proximal import EpsFn, as_seeds, evaluate
+from .proximal import EpsFn, as_seeds, evaluate, per_step
 from .schedule import VPSchedule
 
 FIRST_TIME = 1e-3  # where ProxDM's Euler samplers stop before their last, noiseless step
@@ -116,22 +116,22 @@ def sample_score(
     shape: Sequence[int],
     seeds: Tensor | Sequence[int],
     *,
-    guidance_scale: float = 1.0,
+    guidance_scale: float | Sequence[float] = 1.0,
     callback: Callable[[int, Tensor, Tensor], None] | None = None,
     impl: str | None = None,
     device: torch.device | str | None = None,
 ) -> Tensor:
     """`proximal.sample` for a score network; returns float32 [B, *shape].
 
-    eps_fn(x, t, lam) -> (eps_cond, eps_uncond or None), called with lam = 0: `proximal.guided` serves unchanged.
+    eps_fn(x, t, lam, guidance_scale) -> (eps_cond, eps_uncond or None), called with lam = 0: `proximal.guided` serves unchanged.
     callback(i, x, x_next) after step i.  The prediction of x_0 is not clipped.
     """
     seeds = as_seeds(seeds, device)
     x = philox_normal(seeds, 0, tuple(shape), impl=impl)
-    for i, (t, a, c, b) in enumerate(zip(plan.t, plan.a, plan.c, plan.b)):
-        eps_cond, eps_uncond = evaluate(eps_fn, x, t, 0.0, guidance_scale)
+    for i, (t, a, c, b, scale) in enumerate(zip(plan.t, plan.a, plan.c, plan.b, per_step(guidance_scale, plan.num_steps))):
+        eps_cond, eps_uncond = evaluate(eps_fn, x, t, 0.0, scale)
         # the fused step computes a (x - sqrt_lam eps) + b z
-        _, x_next = prox_step(x, eps_cond, eps_uncond, guidance_scale=guidance_scale, sqrt_lam=c / a, a=a, b=b,
+        _, x_next = prox_step(x, eps_cond, eps_uncond, guidance_scale=scale, sqrt_lam=c / a, a=a, b=b,
                               seeds=seeds, step=i + 1, impl=impl)
         if callback is not None:
             callback(i, x, x_next)
@@ -168,30 +168,30 @@ def ddpm(eps_fn, num_steps, shape, seeds, *, schedule=VPSchedule(), grid="unifor
 def prox_from_eps(score_fn: EpsFn, schedule: VPSchedule = VPSchedule()) -> EpsFn:
     """The eps_fn, for `proximal.sample`, of the posterior-mean prox of a score network's density (ours).
 
-    score_fn(x, t, lam=0) -> (eps_cond, eps_uncond or None), and so the result. It is asked at t' > t: below 1 on every
+    score_fn(x, t, lam=0, guidance_scale) -> (eps_cond, eps_uncond or None), and so the result. It is asked at t' > t: below 1 on every
     plan but "backward", whose first steps ask beyond the diffusion's end (t' = 1.08 with 10 steps, 1.005 with 20).
     """
 
-    def eps_fn(y, t, lam):
+    def eps_fn(y, t, lam, guidance_scale):
         prime = schedule.t_of_alpha(schedule.alpha(t) / (1 + lam))
         ratio = lam / (schedule.one_minus_alpha(t) + lam)
-        eps = score_fn(y * _column((1 + lam).rsqrt(), y), prime, torch.zeros_like(prime))
+        eps = score_fn(y * _column((1 + lam).rsqrt(), y), prime, torch.zeros_like(prime), guidance_scale)
         return _scaled(eps, _column(ratio.sqrt(), y))
 
     return eps_fn
 
 
 def eps_from_prox(eps_fn: EpsFn, schedule: VPSchedule = VPSchedule(), t: float = 0.0) -> EpsFn:
-    """The inverse: a score_fn(x, s, lam=0) for `sample_score` from a posterior-mean prox.
+    """The inverse: a score_fn(x, s, lam=0, guidance_scale) for `sample_score` from a posterior-mean prox.
 
     eps_fn is asked at (t, lam = alpha_t / alpha_s - 1), which is exact for every t < min(s); the default, the
     clean-image prox, serves all s > 0.
     """
 
-    def score_fn(x, s, _):
+    def score_fn(x, s, _, guidance_scale):
         lam = torch.expm1(schedule.beta_integral(t, s))
         ratio = 1 + schedule.one_minus_alpha(t) / lam
-        eps = eps_fn(x * _column((1 + lam).sqrt(), x), torch.full_like(s, t), lam)
+        eps = eps_fn(x * _column((1 + lam).sqrt(), x), torch.full_like(s, t), lam, guidance_scale)
         return _scaled(eps, _column(ratio.sqrt(), x))
 
     return score_fn

@@ -35,6 +35,7 @@ class Settings:
     beta_min: float = 0.1
     beta_max: float = 20.0
     grid: str = "uniform"
+    guidance_below: float = 1.0  # guide only steps with the noise of a time up to this one (1: all)
 
 
 @dataclass

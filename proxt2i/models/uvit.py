@@ -210,7 +210,7 @@ class UViT2DModel(ModelMixin, ConfigMixin):
             y: [B, C, H, W], not yet scaled. t: [B], time in [0, 1]. lam: [B], step lambda >= 0.
             text: one [B, L_i, D_i] per text encoder, zero past the caption's end.
 
-        Returns: eps [B, C, H, W] in y's dtype. The score baseline calls with lam = 0 (and without `betas`).
+        Returns: eps [B, C, H, W] in y's dtype. The score baseline calls with lam = 0 and gets all of the noise in y.
         """
         self._check_inputs(y, text)
         dtype = self.position.dtype

@@ -56,7 +56,7 @@ class Trainer:
         on_gpu = ranks.device.type == "cuda"
         self.bf16 = config.train.precision == "bf16" or (config.train.precision == "auto" and on_gpu)
         self.feed = Feed(config, ranks, per_rank, torch.bfloat16 if self.bf16 else torch.float32)
-        self.objective = Objective(config.diffusion, config.train.seed)
+        self.objective = Objective(config.diffusion, config.train.seed, ranks.device)
         self.uvit = self._build_uvit()
         if checkpoint:
             load_weights(self.uvit, checkpoint.folder / "uvit" / WEIGHTS)
@@ -64,6 +64,7 @@ class Trainer:
         self.ema = EMA(self.uvit, config.optim.ema_half_life, config.optim.ema_ramp)
         if checkpoint:
             load_weights(self.ema.model, checkpoint.folder / "uvit_ema" / WEIGHTS)
+            self.objective.centre.load(checkpoint.state.get("centre", []))
 
         num_params = sum(p.numel() for p in self.uvit.parameters())
         filled = engines.fill_deepspeed_json(deepspeed_json, config.train, config.optim, ranks.world_size, num_params, on_gpu)
@@ -114,6 +115,7 @@ class Trainer:
 
     def step(self) -> None:
         """One optimiser step on `batch_size` images."""
+        train = self.config.train
         engines.set_learning_rate(self.engine, self.config.optim, self._learning_rate())
         waiting = time.perf_counter()
         batch = self.feed.next()
@@ -122,10 +124,12 @@ class Trainer:
             example = self.objective.example(part.latents, part.positions)
             text = self.objective.drop_captions(part.text, self.feed.null_text, part.positions)
             eps = self.engine(example.y, example.t, example.lam, text)
-            losses = self.objective.loss(eps, example.target, self.images_seen)
+            losses = self.objective.loss(eps, example.target, example.bucket, self.images_seen, train.images)
             self.engine.backward((losses * example.weight).mean())
             self.engine.step()
             self.meter.add_losses(losses.detach(), example.bucket)
+        if self.config.diffusion.centred_images:
+            self.objective.centre.update()
         self.images_seen += self.batch_size
         self.meter.images += self.batch_size
         if self.engine.optimizer.overflow:  # DeepSpeed has skipped the step, on every rank alike
@@ -177,7 +181,7 @@ class Trainer:
     def save(self) -> None:
         """Write a checkpoint. Collective."""
         state = {"images_seen": self.images_seen, "world_size": self.ranks.world_size, "bad_steps": self.bad_steps,
-                 "config": asdict(self.config)}
+                 "config": asdict(self.config), "centre": self.objective.centre.state()}
 
         def write_weights(folder: Path) -> None:
             self.uvit.save_pretrained(folder / "uvit", max_shard_size="1TB")
@@ -191,7 +195,7 @@ class Trainer:
         if not self.ranks.is_first:
             return
         diffusion, sample = self.config.diffusion, self.config.sample
-        settings = Settings(sample.plan, sample.steps, sample.guidance, diffusion.beta_min, diffusion.beta_max, diffusion.grid)
+        settings = Settings(sample.plan, sample.steps, sample.guidance, diffusion.beta_min, diffusion.beta_max, diffusion.grid, sample.guidance_below)
         save_bundle(self.run_dir / "model",
                     Bundle(self.ema.model, self.feed.text, self.feed.codec, settings, self.feed.components))
         self._say(f"finished {self.images_seen:,} images; model: {self.run_dir / 'model'}")
@@ -220,7 +224,7 @@ class Trainer:
         settings = {key: value for key, value in asdict(self.config.model).items()
                     if value is not None and key not in ("preset", "components")}
         diffusion = self.config.diffusion
-        if diffusion.precondition and diffusion.objective == "prox":
+        if diffusion.precondition:
             settings["betas"] = [diffusion.beta_min, diffusion.beta_max]
         uvit = build_uvit(self.config.model.preset, sample_size=self.config.data.image_size // codec.factor,
                           in_channels=codec.channels, text_dims=text.dims, text_lengths=text.lengths, **settings)

@@ -6,7 +6,7 @@ import numpy as np
 import torch
 
 from proxt2i.config import Config
-from proxt2i.diffusion import VPSchedule, ddim, guided, make_plan, sample
+from proxt2i.diffusion import VPSchedule, ddim, guidance_scales, guided, make_plan, sample
 
 
 @torch.no_grad()
@@ -17,13 +17,13 @@ def draw_grid(uvit, text_encoder, codec, config: Config) -> np.ndarray:
     schedule = VPSchedule(diffusion.beta_min, diffusion.beta_max)
     device = next(uvit.parameters()).device
     seeds = torch.arange(how.seed, how.seed + len(prompts), device=device)
-    eps_fn = guided(uvit, text_encoder(prompts), text_encoder([""]), how.guidance)
+    eps_fn = guided(uvit, text_encoder(prompts), text_encoder([""]))
     shape = (uvit.config.in_channels, uvit.config.sample_size, uvit.config.sample_size)
     if diffusion.objective == "score":
         latents = ddim(eps_fn, how.steps, shape, seeds, schedule=schedule, grid=diffusion.grid, guidance_scale=how.guidance)
     else:
         plan = make_plan(how.plan, how.steps, schedule, diffusion.grid)
-        latents = sample(eps_fn, plan, shape, seeds, guidance_scale=how.guidance)
+        latents = sample(eps_fn, plan, shape, seeds, guidance_scale=guidance_scales(plan, how.guidance, how.guidance_below))
     images = codec.decode(latents).float().clamp(-1, 1).add(1).mul(127.5).round().to(torch.uint8)
     images = images.permute(0, 2, 3, 1).cpu().numpy()
     return images.reshape(len(how.prompts), how.per_prompt, *images.shape[1:])
