@@ -22,7 +22,7 @@ import multiprocessing
 import os
 import subprocess
 import sys
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -55,10 +55,11 @@ class Config:
     out: str = "benchmarks/out/few_step"
     samplers: list[str] = field(default_factory=lambda: list(SAMPLERS))
     nfe: list[int] = field(default_factory=lambda: [4, 5, 6, 8, 10, 20])
-    guidance: list[float] = field(default_factory=lambda: [1.0, 1.25, 1.5, 2.0])
+    search_nfe: list[int] = field(default_factory=list)
+    guidance: list[float] = field(default_factory=lambda: [1.0, 1.25, 1.5])
     guidance_below: list[float] = field(default_factory=lambda: [1.0, 0.3])
     search_prompts: int = 256
-    prompts: int = 512
+    prompts: int = 384
     seeds: int = 4
     processes: int = 2
     batch_size: int = 128
@@ -101,11 +102,11 @@ class Worker:
     def path(self, cell: Cell) -> Path:
         """Where the cell is kept: its settings and the networks decide the name."""
         about = {**asdict(cell), **self.digests, "measure": [self.config.shards, self.config.clip]}
-        return self.out / "cells" / f"{cell.sampler}-{cell.nfe}-{hashlib.sha256(json.dumps(about).encode()).hexdigest()[:16]}.npz"
+        return self.out / "cells" / f"{cell.sampler.replace(' ', '-')}-{cell.nfe}-{hashlib.sha256(json.dumps(about).encode()).hexdigest()[:16]}.npz"
 
     @torch.no_grad()
     def __call__(self, cell: Cell) -> None:
-        sampler, bundle = SAMPLERS[cell.sampler], self.bundles["prox" if SAMPLERS[cell.sampler].network == "prox" else "score"]
+        sampler, bundle = SAMPLERS[cell.sampler], self.bundles[SAMPLERS[cell.sampler].network.split()[0]]
         times = query_times(sampler, cell.nfe, cell.grid, self.schedule)
         scales = [cell.scale if t <= cell.below or i + 1 == cell.nfe else 1.0 for i, t in enumerate(times)]
         shape = (bundle.uvit.config.in_channels, *[bundle.uvit.config.sample_size] * 2)
@@ -132,7 +133,7 @@ class Worker:
 
         folder = self.out / "grids"
         folder.mkdir(parents=True, exist_ok=True)
-        save_png(grid(images, 8, scale=1), folder / f"{cell.sampler}-{cell.nfe}.png", asdict(cell))
+        save_png(grid(images, 8, scale=1), folder / f"{cell.sampler.replace(' ', '-')}-{cell.nfe}.png", asdict(cell))
 
 
 def _start(config: Config) -> None:
@@ -171,20 +172,30 @@ class Bench:
         return frechet_distance(self.load(cell)[0], real)
 
     def choose(self) -> dict[tuple[str, int], Cell]:
-        """The best grid at the second guidance, then the best guidance on that grid, for each (sampler, step count)."""
+        """The best grid at the second guidance, then the best guidance on that grid, for each (sampler, step count).
+
+        Guidance on some steps only is tried at the largest scale. Step counts without a search take the nearest one's choice.
+        """
         config, n = self.config, self.config.search_prompts
-        try_scale = sorted(config.guidance)[min(1, len(config.guidance) - 1)]
-        rows = [(SAMPLERS[name], nfe) for name in config.samplers for nfe in config.nfe if nfe >= SAMPLERS[name].min_steps]
+        scales = sorted(config.guidance)
+        try_scale = scales[min(1, len(scales) - 1)]
+        searched = config.search_nfe or config.nfe
+        rows = [(SAMPLERS[name], nfe) for name in config.samplers for nfe in searched if nfe >= SAMPLERS[name].min_steps]
         on_grids = {(s.name, nfe): [Cell(s.name, nfe, grid, try_scale, 1.0, n, 0) for grid in s.grids] for s, nfe in rows}
         self.draw(list(itertools.chain(*on_grids.values())), "time grids")
         grids = {key: min(cells, key=self.distance).grid for key, cells in on_grids.items()}
         guidances = {}
         for s, nfe in rows:
-            belows = config.guidance_below if s.guided_parts else [1.0]
-            choices = [(scale, below) for scale in config.guidance for below in (belows if scale != 1 else [1.0])]
+            parts = [(scales[-1], below) for below in config.guidance_below if below < 1 and s.guided_parts]
+            choices = [(scale, 1.0) for scale in scales] + parts
             guidances[s.name, nfe] = [Cell(s.name, nfe, grids[s.name, nfe], scale, below, n, 0) for scale, below in choices]
         self.draw(list(itertools.chain(*guidances.values())), "guidance")
-        return {key: min(cells, key=self.distance) for key, cells in guidances.items()}
+        best = {key: min(cells, key=self.distance) for key, cells in guidances.items()}
+        for name, nfe in itertools.product(config.samplers, config.nfe):
+            if nfe >= SAMPLERS[name].min_steps and (name, nfe) not in best:
+                near = min((key for key in best if key[0] == name), key=lambda key: abs(key[1] - nfe))
+                best[name, nfe] = replace(best[near], nfe=nfe)
+        return best
 
     def measure(self, best: dict[tuple[str, int], Cell]) -> list[dict]:
         """The final figures of the chosen cells, one dict a row."""

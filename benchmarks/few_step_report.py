@@ -40,7 +40,7 @@ def plot(rows: list[dict], path: Path) -> None:
     figure, axes = plt.subplots(1, 2, figsize=(11, 4.5), layout="constrained")
     for name in dict.fromkeys(r["sampler"] for r in rows):
         mine = sorted((r for r in rows if r["sampler"] == name), key=lambda r: r["nfe"])
-        style = "-o" if mine[0]["network"] != "score" else "--s"
+        style = {"prox": "-o", "score": "--s", "prox as score": ":^", "score as prox": "-.v"}[mine[0]["network"]]
         nfe, means = [r["nfe"] for r in mine], [r["fd"]["mean"] for r in mine]
         errors = [[m - r["fd"]["low"] for m, r in zip(means, mine)], [r["fd"]["high"] - m for m, r in zip(means, mine)]]
         for ax in axes:
@@ -57,7 +57,7 @@ def plot(rows: list[dict], path: Path) -> None:
     axes[0].set_title("all")
     best = sorted(r["fd"]["mean"] for r in rows)
     axes[1].set_ylim(0.95 * best[0], 2 * best[len(best) // 2])
-    axes[1].set_title("the best half (proximal solid, score dashed)")
-    axes[0].legend(fontsize=8)
+    axes[1].set_title("the best half")
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside right center", fontsize=8)
     figure.savefig(path, dpi=130)
     plt.close(figure)

@@ -36,8 +36,9 @@ GRIDS = {
 
 @dataclass(frozen=True)
 class Sampler:
-    """network: "prox", "score", or "score as prox" (a plan whose pairs the prox network was not trained on runs on the score
-    network through the exact equivalence, score.prox_from_eps). grids: to choose from. contender: worth all the seeds."""
+    """network: "prox", "score", "score as prox" (a plan whose pairs the prox network was not trained on runs on the score network
+    through the exact equivalence, score.prox_from_eps) or "prox as score" (the other way round: a score sampler on the prox network,
+    at the noise levels of the pairs it was trained on). grids: to choose from. contender: worth all the seeds."""
 
     name: str
     network: str
@@ -45,6 +46,7 @@ class Sampler:
     min_steps: int = 1
     contender: bool = True
     guided_parts: bool = True  # also try guidance on the last steps only
+    options: tuple = ()  # of make_plan: which member of the family "relaxed" it is
 
 
 ALL_GRIDS = tuple(GRIDS)
@@ -56,6 +58,10 @@ SAMPLERS = {s.name: s for s in (
     Sampler("dpm++2m", "score", ALL_GRIDS),
     Sampler("sde-dpm++2m", "score", ALL_GRIDS),
     Sampler("unipc", "score", ALL_GRIDS),
+    Sampler("ddim on prox", "prox as score", options=(("eta", 0.0), ("extrapolation", 0.0))),
+    Sampler("ddpm on prox", "prox as score", options=(("eta", 1.0), ("extrapolation", 0.0))),
+    Sampler("dpm++2m on prox", "prox as score", options=(("eta", 0.0), ("extrapolation", 1.0))),
+    Sampler("unipc on prox", "prox as score"),
     Sampler("hybrid", "prox"),
     Sampler("backward", "score as prox", min_steps=10, contender=False, guided_parts=False),
     Sampler("variance_preserving", "score as prox", contender=False, guided_parts=False),
@@ -67,9 +73,14 @@ SAMPLERS = {s.name: s for s in (
 def draw(sampler: Sampler, eps_fn, num_steps: int, grid: str, shape, seeds, guidance_scale, schedule: VPSchedule) -> torch.Tensor:
     """Latents float32 [B, *shape]. eps_fn: of the sampler's network. guidance_scale: one number, or one a step."""
     times = GRIDS[grid](num_steps, schedule)
+    if sampler.name == "unipc on prox":
+        plan = make_plan("relaxed", num_steps, schedule, times)
+        taus = (0.0, *reversed(query_times(sampler, num_steps, grid, schedule)))
+        return _diffusers("unipc", _score_of_pairs(eps_fn, plan), taus, shape, seeds, guidance_scale, schedule)
     if sampler.network != "score":
         eps_fn = prox_from_eps(eps_fn, schedule) if sampler.network == "score as prox" else eps_fn
-        return sample(eps_fn, make_plan(sampler.name, num_steps, schedule, times), shape, seeds, guidance_scale=guidance_scale)
+        plan = make_plan(plan_name(sampler), num_steps, schedule, times, **dict(sampler.options))
+        return sample(eps_fn, plan, shape, seeds, guidance_scale=guidance_scale)
     if sampler.name in ("dpm++2m", "sde-dpm++2m", "unipc"):
         return _diffusers(sampler.name, eps_fn, times, shape, seeds, guidance_scale, schedule)
     grid = times if sampler.name in ("ddim", "ddpm") else "uniform"
@@ -82,8 +93,25 @@ def query_times(sampler: Sampler, num_steps: int, grid: str, schedule: VPSchedul
     if sampler.network == "score":
         return list(score_plan("ddim" if "euler" not in sampler.name else sampler.name, num_steps, schedule,
                                times if "euler" not in sampler.name else "uniform").t)
-    plan = make_plan(sampler.name, num_steps, schedule, times)
+    plan = make_plan(plan_name(sampler), num_steps, schedule, times)
     return [schedule.t_of_alpha(schedule.alpha(t) / (1 + lam)) for t, lam in zip(plan.t, plan.lam)]
+
+
+def plan_name(sampler: Sampler) -> str:
+    return "relaxed" if sampler.network == "prox as score" else sampler.name
+
+
+def _score_of_pairs(eps_fn, plan):
+    """The eps_fn of a score network, from a prox network asked at the plan's pairs; it must be called in the plan's order."""
+    rows = iter(zip(plan.t, plan.lam))
+
+    def score_fn(x, tau, _, guidance_scale):
+        t, lam = next(rows)
+        total = plan.schedule.one_minus_alpha(t) + lam
+        both = eps_fn(x * math.sqrt(1 + lam), torch.full_like(tau, t), torch.full_like(tau, lam), guidance_scale)
+        return tuple(None if eps is None else eps * math.sqrt(total / lam) for eps in both)
+
+    return score_fn
 
 
 def make_scheduler(name: str, times, schedule: VPSchedule):

@@ -55,7 +55,7 @@ class ModelConfig:
 @dataclass
 class DiffusionConfig:
     objective: str = "prox"  # prox (proximal matching) or score (the eps-MSE baseline)
-    plan: str = "hybrid"  # sampling plan whose (t, lambda) pairs are trained
+    plan: str = "hybrid"  # sampling plan whose (t, lambda) pairs are trained (relaxed has the same)
     step_counts: List[int] = field(default_factory=lambda: [4, 5, 6, 8, 10])  # step counts N to train for
     step_weights: Optional[List[float]] = None  # chance of each step count, up to a factor; null: equal
     snr_power: float = 0.25  # draw step k of a plan in proportion to its signal-to-noise ratio to this power; 0: uniformly
@@ -67,8 +67,6 @@ class DiffusionConfig:
     weight_power: float = 0.5  # divide the loss of a pair by its share of picture, c_out^2, to this power; 0: as in ProxT2I
     zeta: float = 1.0  # width of the proximal matching loss (noise standard deviations)
     l1_images: int = 0  # train with the L1 loss for this long first (images)
-    centred_images: int = 0  # end the run with the centred proximal matching loss, for this long (images)
-    centred_zeta: float = 0.55  # its width, relative to the pair's average error; smaller: nearer to the mode, less varied pictures
     caption_dropout: float = 0.1  # chance that a caption is replaced by "" (trains the null branch of guidance)
 
 
@@ -117,9 +115,9 @@ class SampleConfig:
     per_prompt: int = 4  # images per prompt (columns of the grid)
     seed: int = 0  # image i of the grid uses noise seed `seed + i`
     steps: int = 8  # sampling steps
-    guidance: float = 2.0  # guidance scale; 1: none
-    guidance_below: float = 1.0  # guide only steps with the noise of a time up to this one (1: all, 0: the last)
-    plan: str = "hybrid"  # sampling plan
+    guidance: float = 1.5  # guidance scale; 1: none
+    guidance_below: float = 0.35  # guide only steps with the noise of a time up to this one (1: all, 0: the last)
+    plan: str = "relaxed"  # sampling plan; hybrid: as in ProxT2I
 
 
 @dataclass
@@ -236,10 +234,10 @@ def _sections() -> list[str]:
 
 def _validate_ranges(config: Config) -> None:
     positive = ("data.num_images", "data.shard_size", "data.image_size", "optim.lr", "optim.muon_lr", "optim.eps", "optim.ema_half_life",
-                "diffusion.zeta", "diffusion.centred_zeta", "diffusion.beta_max", "train.images", "train.batch_size", "train.max_bad_steps",
+                "diffusion.zeta", "diffusion.beta_max", "train.images", "train.batch_size", "train.max_bad_steps",
                 "train.log_every", "train.checkpoint_every", "train.keep_checkpoints", "sample.per_prompt", "sample.steps")
     not_negative = ("data.workers", "optim.weight_decay", "optim.warmup_images", "optim.grad_clip",
-                    "optim.ema_ramp", "diffusion.beta_min", "diffusion.snr_power", "diffusion.weight_power", "diffusion.l1_images", "diffusion.centred_images", "train.threads", "sample.every")
+                    "optim.ema_ramp", "diffusion.beta_min", "diffusion.snr_power", "diffusion.weight_power", "diffusion.l1_images", "train.threads", "sample.every")
     fractions = ("diffusion.caption_dropout", "optim.final_lr", "sample.guidance_below")
     choices = {"optim.name": OPTIMIZERS, "diffusion.objective": OBJECTIVES, "diffusion.target": TARGETS, "train.precision": PRECISIONS, "optim.schedule": LR_SCHEDULES}
     for key in positive:

@@ -34,7 +34,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--model", type=Path, metavar="DIR", help="model folder (default: the shipped portraits model)")
     parser.add_argument("--plan", default=None, help="plans, separated by commas (default: the model's)")
     parser.add_argument("--steps", type=numbers(int), default=[8], help="step counts, separated by commas (default: 8)")
-    parser.add_argument("--guidance", type=numbers(float), default=[2.0], help="guidance scales, separated by commas (default: 2)")
+    parser.add_argument("--guidance", type=numbers(float), help="guidance scales, separated by commas (default: the model's)")
+    parser.add_argument("--guidance-below", type=float, metavar="T", help="guide only steps with the noise of a time up to T, 1 all, 0 the last (default: the model's)")
     parser.add_argument("--num-prompts", type=int, default=1024, help="pictures for accuracy and FD, one a prompt (default: 1024)")
     parser.add_argument("--diversity-prompts", type=int, default=32, help="prompts that are drawn 16 times each (default: 32)")
     parser.add_argument("--seed", type=int, default=0)
@@ -88,7 +89,7 @@ def run(args: argparse.Namespace) -> list[dict]:
     from .embedded.judge import Judge, diversity, frechet_distance, right_attributes
     from .images import grid, save_png
     from .models.bundle import load_bundle
-    from .pipeline import check_guidance, generate, pick_device, plan_of
+    from .pipeline import check_guidance, check_guidance_below, generate, pick_device, plan_of
 
     device = pick_device(args.device)
     bundle = load_bundle(args.model or SHIPPED_MODEL, device=device)
@@ -96,8 +97,8 @@ def run(args: argparse.Namespace) -> list[dict]:
     for plan in plans:
         for steps in args.steps:
             plan_of(bundle.settings, steps, plan)  # an invalid pair is refused before anything is drawn
-    for scale in args.guidance:
-        check_guidance(scale)
+    scales = [check_guidance(scale) for scale in args.guidance or [bundle.settings.guidance_scale]]
+    below = check_guidance_below(bundle.settings.guidance_below if args.guidance_below is None else args.guidance_below)
     judge = Judge(device=device)
     args.out.mkdir(parents=True, exist_ok=True)
 
@@ -131,17 +132,17 @@ def run(args: argparse.Namespace) -> list[dict]:
         print_row(r)
     for plan in plans:
         for steps in args.steps:
-            for scale in args.guidance:
-                options = dict(num_steps=steps, guidance_scale=scale, plan=plan, batch_size=args.batch_size, progress=sys.stderr.isatty())
+            for scale in scales:
+                options = dict(num_steps=steps, guidance_scale=scale, guidance_below=below, plan=plan, batch_size=args.batch_size, progress=sys.stderr.isatty())
                 start = time.perf_counter()
                 images = generate(bundle, captions, seeds, **options)
                 rate = len(images) / (time.perf_counter() - start)
                 predicted, features = judge(images)
                 group_features = judge(generate(bundle, group_captions, group_seeds, **options))[1]
-                rows.append(row(plan, images, features, predicted, group_features, steps=steps, guidance=scale, images_per_s=rate))
+                rows.append(row(plan, images, features, predicted, group_features, steps=steps, guidance=scale, guidance_below=below, images_per_s=rate))
                 print_row(rows[-1])
                 name = f"{plan}-steps{steps}-guidance{scale:g}.png"
-                save_png(grid(images[:24], 6), args.out / name, {"plan": plan, "steps": steps, "guidance_scale": scale})
+                save_png(grid(images[:24], 6), args.out / name, {"plan": plan, "steps": steps, "guidance_scale": scale, "guidance_below": below})
     results = {"model": str(args.model or "shipped"), "num_prompts": args.num_prompts, "seed": args.seed, "device": str(device), "rows": rows}
     (args.out / "results.json").write_text(json.dumps(results, indent=2) + "\n")
     print(f"wrote {args.out}/results.json and the grids beside it")

@@ -11,9 +11,9 @@ from pathlib import Path
 EXAMPLES = """\
 examples:
   python -m proxt2i.sample "a smiling woman with long red hair and glasses"
-  python -m proxt2i.sample "a man with a beanie" "a lady with a brimmed hat" --num-images 6 --steps 6 --guidance 3
+  python -m proxt2i.sample "a man with a beanie" "a lady with a brimmed hat" --num-images 6 --steps 6 --guidance 2
   python -m proxt2i.sample --prompts prompts.txt --out pictures --seed 100
-  python -m proxt2i.sample "a man with sunglasses" --model runs/portraits/model --plan ode
+  python -m proxt2i.sample "a man with sunglasses" --model runs/portraits/model --plan hybrid
 
 Without --model the small portraits model that ships with the package is used: 64x64 drawn people, described by person
 (woman, man), skin (fair, tan, dark skinned), hair (black, brown, blond, red, gray; short, long, curly, in a bun),
@@ -28,7 +28,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--prompts", type=Path, metavar="FILE", help="text file with one prompt a line")
     parser.add_argument("--model", type=Path, metavar="DIR", help="model folder, e.g. RUN/model of a training run (default: the shipped portraits model)")
     parser.add_argument("--steps", type=int, help="sampling steps = network calls per picture (default: the model's, 8)")
-    parser.add_argument("--guidance", type=float, help="guidance scale; 1 switches guidance off (default: the model's, 2)")
+    parser.add_argument("--guidance", type=float, help="guidance scale; 1 switches guidance off (default: the model's)")
     parser.add_argument("--guidance-below", type=float, metavar="T", help="guide only steps with the noise of a time up to T: 1 all, 0 the last one; "
                         "fewer guided steps are faster and keep more variety (default: the model's)")
     parser.add_argument("--plan", help="relaxed, hybrid (as published), backward, variance_preserving or ode (default: the model's)")

@@ -321,29 +321,3 @@ def test_preconditioned_prox_of_a_standard_normal_is_exact_without_a_network():
     lam = torch.tensor([0.1, 1.0, 4.0], dtype=torch.float64)
     c_skip, _ = precondition(torch.tensor([0.2, 0.5, 0.9], dtype=torch.float64), lam)
     torch.testing.assert_close(1 - lam.sqrt() * c_skip, 1 / (1 + lam))
-
-
-# -- the centred loss -------------------------------------------------------------------------------------------------
-
-
-def test_centred_loss_is_the_proximal_loss_up_to_a_factor_and_a_constant():
-    eps, n = normals(64, 50, seed=1).double().requires_grad_(), normals(64, 50, seed=2).double()
-    zeta, centre = 0.4, torch.full((64,), 1.9, dtype=torch.float64)
-    plain = proximal_matching_loss(eps, n, zeta * 1.9**0.5)
-    centred = proximal_matching_loss(eps, n, zeta, centre=centre)
-    factor = zeta**2 * 1.9 * math.exp(1 / zeta**2)
-    torch.testing.assert_close(centred, factor * plain + 1.9 + zeta**2 * 1.9 * (1 - math.exp(1 / zeta**2)))
-    (gradient,) = torch.autograd.grad(centred.sum(), eps)
-    mse = (eps - n).square().mean(1, keepdim=True)
-    torch.testing.assert_close(gradient, 2 / 50 * (eps - n) * (-(mse / 1.9 - 1) / zeta**2).exp())
-
-
-@pytest.mark.parametrize("scale", [1e-3, 1.0, 30.0])
-def test_centred_loss_does_not_depend_on_the_size_of_the_error(scale):
-    """Where the plain loss is the mse (small errors) or flat (large ones), the centred one still picks the nearer samples."""
-    mse = torch.tensor([0.5, 1.0, 2.0], dtype=torch.float64) * scale
-    eps = mse.sqrt()[:, None].requires_grad_()
-    loss = proximal_matching_loss(eps, torch.zeros(3, 1, dtype=torch.float64), 0.5, centre=torch.full((3,), scale, dtype=torch.float64))
-    (gradient,) = torch.autograd.grad(loss.sum(), eps)
-    assert (gradient / (2 * eps)).flatten().tolist() == pytest.approx([math.exp(2), 1, math.exp(-4)])
-    assert loss[1].item() == pytest.approx(scale)

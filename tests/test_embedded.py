@@ -97,7 +97,7 @@ def test_text_encoder_is_the_text_tower_of_the_clip():
 
 def test_shipped_model_records_its_recipe():
     shipped = json.loads((SHIPPED_MODEL / "recipe.json").read_text())
-    at8 = [r for r in shipped["evaluation"] if r.get("steps") == 8 and r.get("guidance") == 2 and r["sampler"] == "hybrid"]
+    at8 = [r for r in shipped["evaluation"] if r.get("steps") == 8 and r["sampler"] == "relaxed"]
     assert len(at8) == 1 and at8[0]["accuracy"] >= 0.995 and at8[0]["all_right"] >= 0.97 and at8[0]["frechet_distance"] > 0
     assert shipped["images"] >= 250_000 and "proxt2i.embedded.build" in shipped["command"]
 

@@ -31,7 +31,7 @@ def test_module_draws_pictures_that_carry_their_settings(tmp_path):
     pictures = sorted(p for p in tmp_path.glob("*.png") if p.name != "grid.png")
     assert len(pictures) == 4 and (tmp_path / "grid.png").exists()
     settings = Image.open(pictures[0]).text
-    assert settings["prompt"] == PROMPT and settings["seed"] == "5" and settings["steps"] == "6" and settings["plan"] == "hybrid"
+    assert settings["prompt"] == PROMPT and settings["seed"] == "5" and settings["steps"] == "6" and settings["plan"] == "relaxed"
     assert Image.open(pictures[0]).size == (64, 64)
 
 
@@ -54,6 +54,17 @@ def test_pictures_show_what_the_prompts_say(bundle):
     assert swapped.float().mean() < 0.6  # the judge does not just say yes
 
 
+def test_guidance_on_the_last_steps_costs_no_more_than_it_should(bundle):
+    batches = []
+    hook = bundle.uvit.register_forward_pre_hook(lambda module, args: batches.append(len(args[0])))
+    options = dict(num_steps=4, guidance_scale=1.5)
+    last = generate(bundle, [PROMPT], [3], **options, guidance_below=0.0)
+    everywhere = generate(bundle, [PROMPT], [3], **options, guidance_below=1.0)
+    hook.remove()
+    assert batches == [1, 1, 1, 2] + [2] * 4
+    assert not torch.equal(last, everywhere)
+
+
 @pytest.mark.parametrize(
     "arguments, message",
     [
@@ -65,6 +76,7 @@ def test_pictures_show_what_the_prompts_say(bundle):
         (["a man", "--steps", "0"], "--steps 0"),
         (["a man", "--num-images", "0"], "--num-images 0"),
         (["a man", "--guidance", "-1"], "guidance_scale=-1"),
+        (["a man", "--guidance-below", "1.5"], "guidance_below=1.5"),
         (["a man", "--model", "nowhere"], "nowhere"),
         (["a man", "--device", "tpu9"], "tpu9"),
     ],
@@ -99,7 +111,7 @@ def test_evaluation_writes_its_table(tmp_path, capsys):
     assert [r.get("steps") for r in rows] == [None, None, 4, 8]
     assert rows[0]["accuracy"] > 0.99 and rows[3]["accuracy"] > 0.97
     assert rows[3]["frechet_distance"] > 0 and 0.2 < rows[3]["diversity"] < 2
-    assert (tmp_path / "hybrid-steps8-guidance2.png").exists() and "all right" in capsys.readouterr().out
+    assert (tmp_path / "relaxed-steps8-guidance2.png").exists() and "all right" in capsys.readouterr().out
 
 
 def test_evaluation_refuses_an_invalid_step_count(tmp_path, capsys):

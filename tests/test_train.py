@@ -18,7 +18,6 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from proxt2i.config import DiffusionConfig, OptimConfig, TrainConfig, load_config
-from proxt2i.diffusion import proximal_matching_loss, sample_mse
 from proxt2i.training import distributed, engine as engines
 from proxt2i.training.checkpoint import check_intact
 from proxt2i.training.ema import EMA
@@ -82,7 +81,7 @@ def settings(components, shards, tmp_path):
     """Overrides of a run of 12 steps that takes about a second."""
     return {
         "data.shards": shards, "data.image_size": 32, "data.cache_dir": components / "latents", "model.components": components,
-        "model.embed_dim": 32, "model.depth": 3, "model.num_heads": 2, "diffusion.step_counts": "[4,8]", "diffusion.centred_images": 96,
+        "model.embed_dim": 32, "model.depth": 3, "model.num_heads": 2, "diffusion.step_counts": "[4,8]",
         "optim.lr": 2e-3, "optim.warmup_images": 32, "optim.ema_half_life": 100, "train.images": 192, "train.batch_size": 16,
         "train.log_every": 32, "train.checkpoint_every": 64, "train.run_dir": tmp_path / "run", "train.tensorboard": "false",
         "sample.every": 96, "sample.prompts": "[a red square,a blue square]", "sample.per_prompt": 2, "sample.steps": 4,
@@ -322,8 +321,8 @@ def test_non_finite_steps_are_skipped_counted_and_finally_fatal(settings, ranks,
     loss = trainer.objective.loss
     bad = {32, 80, 96, 112}  # images seen before the step
 
-    def poisoned(eps, target, bucket, images_seen, images):
-        losses = loss(eps, target, bucket, images_seen, images)
+    def poisoned(eps, target, images_seen):
+        losses = loss(eps, target, images_seen)
         return losses * torch.tensor(float("nan")) if images_seen in bad else losses
 
     trainer.objective.loss = poisoned
@@ -367,34 +366,6 @@ def test_randomness_depends_on_seed_and_position_alone():
     assert at_zero.any()
     clean = many.y - many.lam.sqrt()[:, None, None, None] * many.target
     torch.testing.assert_close(clean[at_zero], torch.ones_like(clean[at_zero]), atol=1e-5, rtol=0)
-
-
-def test_the_centred_loss_ends_the_run(ranks):
-    """Before, the plain loss; then, the loss centred on the running mean of each bucket's error, whatever the micro-batches."""
-    config = DiffusionConfig(step_counts=[4, 8], centred_images=100, centred_zeta=0.5)
-    eps, target, bucket = torch.randn(600, 6), torch.zeros(600, 6), torch.arange(600) % 12
-    whole, parts = Objective(config, 0), Objective(config, 0)
-    plain = whole.loss(eps, target, bucket, 899, 1000)
-    torch.testing.assert_close(plain, proximal_matching_loss(eps, target, 1.0))
-    for part in range(0, 600, 200):
-        parts.loss(*(v[part : part + 200] for v in (eps, target, bucket)), 899, 1000)
-    for objective in (whole, parts):
-        objective.centre.update()
-    mse = sample_mse(eps, target)
-    means = torch.stack([mse[bucket == b].mean() for b in range(12)])
-    torch.testing.assert_close(whole.centre.mean, means.double(), rtol=1e-6, atol=0)
-    torch.testing.assert_close(parts.centre.mean, whole.centre.mean)
-    torch.testing.assert_close(whole.loss(eps, target, bucket, 900, 1000), proximal_matching_loss(eps, target, 0.5, centre=means[bucket]))
-    whole.centre.update()
-    torch.testing.assert_close(whole.centre.mean, means.double(), rtol=1e-6, atol=0)  # the same errors again
-    whole.loss(2 * eps, target, bucket, 900, 1000)
-    whole.centre.update()
-    torch.testing.assert_close(whole.centre.mean, 1.15 * means.double(), rtol=1e-6, atol=0)  # 5 % of the way to four times as much
-    again = Objective(config, 0)
-    again.centre.load(json.loads(json.dumps(whole.centre.state())))
-    assert torch.equal(again.centre.mean, whole.centre.mean)
-    fresh = Objective(config, 0).loss(eps, target, bucket, 900, 1000)  # nothing known yet: as if centred on the sample's own error
-    torch.testing.assert_close(fresh, mse)
 
 
 def test_uniforms_are_uniform_and_streams_independent():

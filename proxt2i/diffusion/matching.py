@@ -79,17 +79,12 @@ def expected_noise(x0: Tensor, y: Tensor, t: Tensor, lam: Tensor, schedule: VPSc
     return factor * (y - signal * x0)
 
 
-def proximal_matching_loss(eps: Tensor, n: Tensor, zeta: float = 1.0, kind: str = "prox", centre: Tensor | None = None) -> Tensor:
+def proximal_matching_loss(eps: Tensor, n: Tensor, zeta: float = 1.0, kind: str = "prox") -> Tensor:
     """Loss of each sample, [B], in float32 (float64 if eps is).  eps, n: [B, ...], any float dtype.
 
     kind "prox": 1 - exp(-mse / zeta^2), mse the mean over a sample's elements (ProxDM eq. 7). Its gradient is the
         mse's times exp(-mse / zeta^2) / zeta^2: samples already fitted count most. zeta -> 0 leads to the mode of n
         given y, zeta -> inf to its mean.
-    centre (ours), [B], of kind "prox": what the mse of such a sample is on average. The loss then is
-        centre + zeta^2 centre (1 - exp(-(mse - centre) / (zeta^2 centre))): a constant factor and a constant away from kind
-        "prox" with width zeta sqrt(centre), so the minimiser is that one's. But its gradient, the mse's times
-        exp(-(mse / centre - 1) / zeta^2), neither vanishes where the mse, or the part of it that no network can remove, is
-        large, nor becomes the plain mse's where it is small: a small zeta is trainable for every pair.
     kind "l1": mean |eps - n| (ProxDM's first training phase).   kind "l2": the mse.
     """
     check_name("loss kind", kind, LOSSES)
@@ -100,10 +95,7 @@ def proximal_matching_loss(eps: Tensor, n: Tensor, zeta: float = 1.0, kind: str 
         return mse
     if not zeta > 0:
         raise ValueError(f"zeta={zeta}: need a positive number")
-    if centre is None:
-        return -torch.expm1(-mse / zeta**2)
-    width = zeta**2 * centre
-    return centre - width * torch.expm1((centre - mse) / width)
+    return -torch.expm1(-mse / zeta**2)
 
 
 def sample_mse(eps: Tensor, n: Tensor) -> Tensor:

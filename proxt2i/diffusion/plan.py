@@ -13,8 +13,8 @@ rho = 1:
     variance_preserving  1 + gamma/2    sqrt(gamma)            sqrt((1+gamma/2)^2+gamma) - 1  ours: keeps N(0, I)
     ode                  1 + gamma/2    0                      gamma/2                        ours: probability flow
 
-The plan `relaxed` (ours) asks the network for the same proxes as `hybrid`, but shows it only what it was trained on and
-goes only part of the way (rho < 1): see `_relaxed`.
+The plan `relaxed` (ours) asks the network for the same proxes as `hybrid`, but shows it only what it was trained on, and goes
+as far (rho) as the noise that the next state must have demands: see `_relaxed`.
 """
 
 import difflib

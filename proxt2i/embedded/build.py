@@ -30,7 +30,7 @@ def ship(run_dir: Path) -> None:
     bundle.uvit.half()
     save_bundle(SHIPPED_MODEL, bundle, with_components=False)
     evaluation = run_dir / "shipped_evaluation"
-    call("figures", [sys.executable, "-m", "proxt2i.evaluate", "--steps", "4,6,8,10", "--guidance", "2", "--out", str(evaluation)])
+    call("figures", [sys.executable, "-m", "proxt2i.evaluate", "--steps", "4,6,8,10", "--out", str(evaluation)])
     rows = json.loads((evaluation / "results.json").read_text())["rows"]
     stats = [json.loads(line) for line in (run_dir / "stats.jsonl").read_text().splitlines()]
     version = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True).stdout.strip()

@@ -29,13 +29,13 @@ SCHEDULER_FILE = Path("scheduler") / "scheduler_config.json"
 class Settings:
     """How the model is meant to be sampled unless told otherwise, kept in scheduler/scheduler_config.json."""
 
-    plan: str = "hybrid"
+    plan: str = "relaxed"
     num_steps: int = 8
-    guidance_scale: float = 2.0
+    guidance_scale: float = 1.5
     beta_min: float = 0.1
     beta_max: float = 20.0
     grid: str = "uniform"
-    guidance_below: float = 1.0  # guide only steps with the noise of a time up to this one (1: all)
+    guidance_below: float = 0.35  # guide only steps with the noise of a time up to this one (1: all, 0: the last)
 
 
 @dataclass

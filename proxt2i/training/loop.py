@@ -56,7 +56,7 @@ class Trainer:
         on_gpu = ranks.device.type == "cuda"
         self.bf16 = config.train.precision == "bf16" or (config.train.precision == "auto" and on_gpu)
         self.feed = Feed(config, ranks, per_rank, torch.bfloat16 if self.bf16 else torch.float32)
-        self.objective = Objective(config.diffusion, config.train.seed, ranks.device)
+        self.objective = Objective(config.diffusion, config.train.seed)
         self.uvit = self._build_uvit()
         if checkpoint:
             load_weights(self.uvit, checkpoint.folder / "uvit" / WEIGHTS)
@@ -64,7 +64,6 @@ class Trainer:
         self.ema = EMA(self.uvit, config.optim.ema_half_life, config.optim.ema_ramp)
         if checkpoint:
             load_weights(self.ema.model, checkpoint.folder / "uvit_ema" / WEIGHTS)
-            self.objective.centre.load(checkpoint.state.get("centre", []))
 
         num_params = sum(p.numel() for p in self.uvit.parameters())
         filled = engines.fill_deepspeed_json(deepspeed_json, config.train, config.optim, ranks.world_size, num_params, on_gpu)
@@ -115,7 +114,6 @@ class Trainer:
 
     def step(self) -> None:
         """One optimiser step on `batch_size` images."""
-        train = self.config.train
         engines.set_learning_rate(self.engine, self.config.optim, self._learning_rate())
         waiting = time.perf_counter()
         batch = self.feed.next()
@@ -124,12 +122,10 @@ class Trainer:
             example = self.objective.example(part.latents, part.positions)
             text = self.objective.drop_captions(part.text, self.feed.null_text, part.positions)
             eps = self.engine(example.y, example.t, example.lam, text)
-            losses = self.objective.loss(eps, example.target, example.bucket, self.images_seen, train.images)
+            losses = self.objective.loss(eps, example.target, self.images_seen)
             self.engine.backward((losses * example.weight).mean())
             self.engine.step()
             self.meter.add_losses(losses.detach(), example.bucket)
-        if self.config.diffusion.centred_images:
-            self.objective.centre.update()
         self.images_seen += self.batch_size
         self.meter.images += self.batch_size
         if self.engine.optimizer.overflow:  # DeepSpeed has skipped the step, on every rank alike
@@ -181,7 +177,7 @@ class Trainer:
     def save(self) -> None:
         """Write a checkpoint. Collective."""
         state = {"images_seen": self.images_seen, "world_size": self.ranks.world_size, "bad_steps": self.bad_steps,
-                 "config": asdict(self.config), "centre": self.objective.centre.state()}
+                 "config": asdict(self.config)}
 
         def write_weights(folder: Path) -> None:
             self.uvit.save_pretrained(folder / "uvit", max_shard_size="1TB")

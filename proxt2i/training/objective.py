@@ -9,9 +9,8 @@ import torch
 from torch import Tensor
 
 from proxt2i.config import DiffusionConfig
-from proxt2i.diffusion import PairSampler, TimeSampler, VPSchedule, expected_noise, noised, precondition, proximal_matching_loss, sample_mse, score_loss
+from proxt2i.diffusion import PairSampler, TimeSampler, VPSchedule, expected_noise, noised, precondition, proximal_matching_loss, score_loss
 from proxt2i.ops import philox_normal
-from proxt2i.training.centre import Centre
 from proxt2i.training.randomness import DROPOUT, PAIR, sample_seeds, uniforms
 
 
@@ -33,7 +32,7 @@ class Example:
 class Objective:
     """Makes training examples out of clean latents, and scores the network's answers. Knows nothing of ranks."""
 
-    def __init__(self, config: DiffusionConfig, run_seed: int, device: torch.device | str = "cpu"):
+    def __init__(self, config: DiffusionConfig, run_seed: int):
         self.config, self.run_seed = config, run_seed
         self.schedule = VPSchedule(config.beta_min, config.beta_max)
         self.is_score = config.objective == "score"
@@ -43,7 +42,6 @@ class Objective:
         groups = [name.split("/")[0] for name in self.pairs.bucket_names]
         self.group_names = list(dict.fromkeys(groups))
         self.group_of_bucket = torch.tensor([self.group_names.index(group) for group in groups])
-        self.centre = Centre(len(groups), device)
 
     def example(self, x0: Tensor, positions: Tensor) -> Example:
         """Noise x0 (float32 [B, C, H, W]); every random number is a function of (run seed, position)."""
@@ -59,19 +57,12 @@ class Objective:
         target = expected_noise(x0, y, t, lam, self.schedule) if expected else n
         return Example(y, t, lam, target, weight, bucket)
 
-    def loss(self, eps: Tensor, target: Tensor, bucket: Tensor, images_seen: int, images: int) -> Tensor:
-        """Loss of each sample, not weighted: float32 [B]. images: length of the run."""
+    def loss(self, eps: Tensor, target: Tensor, images_seen: int) -> Tensor:
+        """Loss of each sample, not weighted: float32 [B]."""
         if self.is_score:
             return score_loss(eps, target)
-        if images_seen < self.config.l1_images:
-            return proximal_matching_loss(eps, target, kind="l1")
-        if self.config.centred_images == 0:
-            return proximal_matching_loss(eps, target, self.config.zeta)
-        mse = sample_mse(eps.detach(), target)
-        self.centre.add(mse, bucket)
-        if images_seen < images - self.config.centred_images:
-            return proximal_matching_loss(eps, target, self.config.zeta)
-        return proximal_matching_loss(eps, target, self.config.centred_zeta, centre=self.centre.of(bucket, mse))
+        kind = "l1" if images_seen < self.config.l1_images else "prox"
+        return proximal_matching_loss(eps, target, self.config.zeta, kind)
 
     def drop_captions(self, text: list[Tensor], null_text: list[Tensor], positions: Tensor) -> list[Tensor]:
         """Replace a share `caption_dropout` of the embeddings [B, L_i, D_i] by the empty caption's [1, L_i, D_i]."""
