@@ -16,10 +16,10 @@ Everything drawn is kept under `out`, so an interrupted run goes on where it was
 
 import argparse
 import hashlib
+import io
 import itertools
 import json
 import multiprocessing
-import os
 import subprocess
 import sys
 from dataclasses import asdict, dataclass, field, replace
@@ -28,16 +28,20 @@ from pathlib import Path
 import numpy as np
 import torch
 from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).parent))
-from few_step_measure import clip_measure, portraits_measure, to_uint8
+from few_step_measure import clip_measure, portraits_measure
 from few_step_report import write_report
 from few_step_samplers import SAMPLERS, draw, query_times
 
+from proxt2i.data.index import write_atomically
 from proxt2i.data.latents import weights_digest
-from proxt2i.diffusion import VPSchedule, guided
+from proxt2i.diffusion import VPSchedule, guidance_scales, guided
 from proxt2i.embedded import SHIPPED_MODEL
+from proxt2i.embedded.judge import diversity, frechet_distance
+from proxt2i.images import grid, save_png, to_uint8
 from proxt2i.models.bundle import load_bundle
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -45,25 +49,25 @@ ROOT = Path(__file__).resolve().parents[1]
 
 @dataclass
 class Config:
-    """See few_step.yaml."""
+    """Meaning and defaults: few_step.yaml."""
 
-    prox: str | None = None
-    score: str | None = None
-    train: list[str] = field(default_factory=list)
-    shards: str | None = None
-    clip: str | None = None
-    out: str = "benchmarks/out/few_step"
+    prox: str | None
+    score: str | None
+    train: list[str]
+    shards: str | None
+    clip: str | None
+    out: str
+    nfe: list[int]
+    search_nfe: list[int]
+    guidance: list[float]
+    guidance_below: list[float]
+    search_prompts: int
+    prompts: int
+    seeds: int
+    processes: int
+    batch_size: int
+    device: str
     samplers: list[str] = field(default_factory=lambda: list(SAMPLERS))
-    nfe: list[int] = field(default_factory=lambda: [4, 5, 6, 8, 10, 20])
-    search_nfe: list[int] = field(default_factory=list)
-    guidance: list[float] = field(default_factory=lambda: [1.0, 1.25, 1.5])
-    guidance_below: list[float] = field(default_factory=lambda: [1.0, 0.3])
-    search_prompts: int = 256
-    prompts: int = 384
-    seeds: int = 4
-    processes: int = 2
-    batch_size: int = 128
-    device: str = "cpu"
 
 
 @dataclass(frozen=True)
@@ -107,8 +111,7 @@ class Worker:
     @torch.no_grad()
     def __call__(self, cell: Cell) -> None:
         sampler, bundle = SAMPLERS[cell.sampler], self.bundles[SAMPLERS[cell.sampler].network.split()[0]]
-        times = query_times(sampler, cell.nfe, cell.grid, self.schedule)
-        scales = [cell.scale if t <= cell.below or i + 1 == cell.nfe else 1.0 for i, t in enumerate(times)]
+        scales = guidance_scales(query_times(sampler, cell.nfe, cell.grid, self.schedule), cell.scale, cell.below)
         shape = (bundle.uvit.config.in_channels, *[bundle.uvit.config.sample_size] * 2)
         features, right = [], []
         for chosen in torch.arange(cell.prompts).split(self.config.batch_size):
@@ -123,14 +126,11 @@ class Worker:
                 self._save_grid(cell, images[:32])
         path = self.path(cell)
         path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_suffix(f".{os.getpid()}.tmp")
-        with open(temporary, "wb") as f:
-            np.savez(f, features=torch.cat(features).numpy(), right=torch.cat(right).numpy())
-        os.replace(temporary, path)
+        data = io.BytesIO()
+        np.savez(data, features=torch.cat(features).numpy(), right=torch.cat(right).numpy())
+        write_atomically(path, data.getvalue())
 
     def _save_grid(self, cell: Cell, images):
-        from proxt2i.images import grid, save_png
-
         folder = self.out / "grids"
         folder.mkdir(parents=True, exist_ok=True)
         save_png(grid(images, 8, scale=1), folder / f"{cell.sampler.replace(' ', '-')}-{cell.nfe}.png", asdict(cell))
@@ -165,8 +165,6 @@ class Bench:
         return torch.from_numpy(data["features"]), torch.from_numpy(data["right"])
 
     def distance(self, cell: Cell, codec: bool = True) -> float:
-        from proxt2i.embedded.judge import frechet_distance
-
         measure = self.here.measure
         real = (measure.real_codec if codec else measure.real)[: cell.prompts * measure.copies]
         return frechet_distance(self.load(cell)[0], real)
@@ -208,16 +206,16 @@ class Bench:
 
     def row(self, cells: list[Cell]) -> dict:
         features, right = zip(*(self.load(c) for c in cells))
-        within = torch.stack(features).double().var(0).sum(1).mean() if len(cells) > 1 else torch.tensor(float("nan"))
         measure = self.here.measure
-        real = measure.real.double().unflatten(0, (-1, measure.copies))
-        spread = real.var(1).sum(1).mean() if measure.copies > 1 else measure.real.double().var(0).sum()
+        groups = len(measure.captions)
+        within = diversity(torch.stack(features, 1).flatten(0, 1), groups)  # nan for a single seed
+        spread = diversity(measure.real, groups if measure.copies > 1 else 1)  # without copies: among all real pictures
         first = cells[0]
         return {
             "sampler": first.sampler, "network": SAMPLERS[first.sampler].network, "nfe": first.nfe, "grid": first.grid, "guidance": first.scale,
             "guidance_below": first.below, "fd": summary([self.distance(c) for c in cells]),
             "fd_raw": summary([self.distance(c, codec=False) for c in cells]), "accuracy": summary([r.mean().item() for r in right]),
-            "all_right": summary([(r == 1).float().mean().item() for r in right]), "diversity": (within / spread).item(),
+            "all_right": summary([(r == 1).float().mean().item() for r in right]), "diversity": within / spread,
         }  # fmt: skip
 
 
@@ -240,18 +238,25 @@ def train_score(config: Config) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--config", type=Path, default=Path(__file__).with_name("few_step.yaml"))
+    parser.add_argument("--config", type=Path, help="YAML file with the settings that differ from few_step.yaml")
     parser.add_argument("settings", nargs="*", metavar="key=value", help="settings of the config to change")
     args = parser.parse_args()
-    merged = OmegaConf.merge(OmegaConf.structured(Config), OmegaConf.load(args.config), OmegaConf.from_dotlist(args.settings))
-    config: Config = OmegaConf.to_object(merged)
+    files = [Path(__file__).with_name("few_step.yaml"), *([args.config] if args.config else [])]
+    try:
+        merged = OmegaConf.merge(OmegaConf.structured(Config), *map(OmegaConf.load, files), OmegaConf.from_dotlist(args.settings))
+        config: Config = OmegaConf.to_object(merged)
+    except (OmegaConfBaseException, OSError) as error:
+        parser.error(f"{str(error).splitlines()[0]}; the settings are those of benchmarks/few_step.yaml")
     unknown = [name for name in config.samplers if name not in SAMPLERS]
     if unknown or bool(config.shards) != bool(config.clip):
         parser.error(f"unknown samplers {unknown}; valid: {', '.join(SAMPLERS)}" if unknown else "real data needs both shards and clip")
     if config.search_prompts > config.prompts:
         parser.error("search_prompts must not exceed prompts")
     config.score = config.score or train_score(config)
-    bench = Bench(config)
+    try:
+        bench = Bench(config)
+    except (ValueError, OSError) as error:
+        parser.error(str(error))
     best = bench.choose()
     write_report(bench.measure(best), asdict(config), Path(config.out))
 

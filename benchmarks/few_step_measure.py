@@ -1,42 +1,57 @@
 """What few_step.py measures with: prompts, real pictures, and a network that looks at pictures. Portraits, or any shards with a CLIP model."""
 
-import random
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 
-import numpy as np
 import torch
 from torch import Tensor
+
+from proxt2i.evaluate import drawings_of, held_out, through_codec
 
 
 @dataclass
 class Measure:
-    """captions: of the prompts.  real, real_codec: features [prompts * copies, D] of real pictures and of the same after the VAE,
-    prompt by prompt.  look(images uint8, indices) -> features [M, D], share of what was asked for that is right [M]."""
+    """captions: of the prompts.  look(images uint8 [M, 3, H, W], indices of their prompts) -> features [M, D], share of what was asked
+    for that is right [M].  draw_real() -> `copies` real pictures of each prompt, prompt by prompt, uint8; codec: the VAE."""
 
     captions: list[str]
-    real: Tensor
-    real_codec: Tensor
+    look: Callable[[Tensor, list[int]], tuple[Tensor, Tensor]]
+    draw_real: Callable[[], Tensor]
     copies: int
-    look: object
+    codec: object
+
+    @cached_property
+    def _pictures(self) -> Tensor:
+        return self.draw_real()
+
+    def _features(self, images: Tensor) -> Tensor:
+        return self.look(images, [i for i in range(len(self.captions)) for _ in range(self.copies)])[0]
+
+    @cached_property
+    def real(self) -> Tensor:
+        """Features of the real pictures."""
+        return self._features(self._pictures)
+
+    @cached_property
+    def real_codec(self) -> Tensor:
+        """The same after the VAE."""
+        return self._features(through_codec(self._pictures, self.codec))
 
 
 def portraits_measure(num_prompts: int, codec, copies: int = 4) -> Measure:
     """The embedded drawings: held-out prompts that state all attributes, `copies` drawings of each, and the judge."""
-    from proxt2i.data.portraits import draw_portrait, make_portrait
-    from proxt2i.embedded import HELD_OUT_SEED
     from proxt2i.embedded.judge import Judge, right_attributes
 
     judge = Judge()
-    _, captions, metadata = zip(*(make_portrait(HELD_OUT_SEED + 10_000 + i, complete=True) for i in range(num_prompts)))
-    drawn = [draw_portrait(m["attributes"], random.Random(m["seed"] * copies + j)) for m in metadata for j in range(copies)]
-    images = torch.from_numpy(np.stack([np.asarray(d) for d in drawn])).permute(0, 3, 1, 2)
+    _, captions, metadata = held_out(num_prompts)
 
     def look(images: Tensor, indices: list[int]) -> tuple[Tensor, Tensor]:
         predicted, features = judge(images)
         right, stated = right_attributes(predicted, [metadata[i] for i in indices])
         return features, (right & stated).sum(1) / stated.sum(1)
 
-    return Measure(list(captions), judge(images)[1], judge(through_codec(images, codec))[1], copies, look)
+    return Measure(captions, look, lambda: drawings_of(metadata, copies), copies, codec)
 
 
 def clip_measure(shards: str, clip_folder: str, num_prompts: int, codec, image_size: int) -> Measure:
@@ -78,13 +93,4 @@ def clip_measure(shards: str, clip_folder: str, num_prompts: int, codec, image_s
         nearness = (torch.nn.functional.normalize(features, dim=-1)[:, None] * texts[candidates % len(captions)]).sum(-1)
         return features, (nearness.argmax(1) == 0).float()
 
-    return Measure(captions, embed(images), embed(through_codec(images, codec)), 1, look)
-
-
-def through_codec(images: Tensor, codec) -> Tensor:
-    """uint8 [M, 3, H, W] encoded and decoded again."""
-    return torch.cat([to_uint8(codec.decode(codec.encode(part.float() / 127.5 - 1))) for part in images.split(128)])
-
-
-def to_uint8(images: Tensor) -> Tensor:
-    return ((images.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
+    return Measure(captions, look, lambda: images, 1, codec)

@@ -12,7 +12,7 @@ import torch
 from diffusers import DPMSolverMultistepScheduler, UniPCMultistepScheduler
 
 from proxt2i.diffusion import VPSchedule, make_plan, prox_from_eps, sample, sample_score, score_plan, time_grid
-from proxt2i.diffusion.proximal import as_seeds, evaluate
+from proxt2i.diffusion.proximal import as_seeds, evaluate, per_step
 from proxt2i.ops import philox_normal
 
 TRAIN_STEPS = 1000  # of diffusers' tables
@@ -73,13 +73,11 @@ SAMPLERS = {s.name: s for s in (
 def draw(sampler: Sampler, eps_fn, num_steps: int, grid: str, shape, seeds, guidance_scale, schedule: VPSchedule) -> torch.Tensor:
     """Latents float32 [B, *shape]. eps_fn: of the sampler's network. guidance_scale: one number, or one a step."""
     times = GRIDS[grid](num_steps, schedule)
-    if sampler.name == "unipc on prox":
-        plan = make_plan("relaxed", num_steps, schedule, times)
-        taus = (0.0, *reversed(query_times(sampler, num_steps, grid, schedule)))
-        return _diffusers("unipc", _score_of_pairs(eps_fn, plan), taus, shape, seeds, guidance_scale, schedule)
     if sampler.network != "score":
+        plan = _prox_plan(sampler, num_steps, times, schedule)
+        if sampler.name == "unipc on prox":
+            return _diffusers("unipc", _score_of_pairs(eps_fn, plan), (0.0, *reversed(plan.tau)), shape, seeds, guidance_scale, schedule)
         eps_fn = prox_from_eps(eps_fn, schedule) if sampler.network == "score as prox" else eps_fn
-        plan = make_plan(plan_name(sampler), num_steps, schedule, times, **dict(sampler.options))
         return sample(eps_fn, plan, shape, seeds, guidance_scale=guidance_scale)
     if sampler.name in ("dpm++2m", "sde-dpm++2m", "unipc"):
         return _diffusers(sampler.name, eps_fn, times, shape, seeds, guidance_scale, schedule)
@@ -90,15 +88,16 @@ def draw(sampler: Sampler, eps_fn, num_steps: int, grid: str, shape, seeds, guid
 def query_times(sampler: Sampler, num_steps: int, grid: str, schedule: VPSchedule) -> list[float]:
     """The time whose noise the network sees in each step (tau, for a prox)."""
     times = GRIDS[grid](num_steps, schedule)
-    if sampler.network == "score":
-        return list(score_plan("ddim" if "euler" not in sampler.name else sampler.name, num_steps, schedule,
-                               times if "euler" not in sampler.name else "uniform").t)
-    plan = make_plan(plan_name(sampler), num_steps, schedule, times)
-    return [schedule.t_of_alpha(schedule.alpha(t) / (1 + lam)) for t, lam in zip(plan.t, plan.lam)]
+    if sampler.network != "score":
+        return _prox_plan(sampler, num_steps, times, schedule).tau
+    if sampler.name.startswith("euler"):
+        return list(score_plan(sampler.name, num_steps, schedule).t)
+    return list(reversed(times[1:]))
 
 
-def plan_name(sampler: Sampler) -> str:
-    return "relaxed" if sampler.network == "prox as score" else sampler.name
+def _prox_plan(sampler: Sampler, num_steps: int, times, schedule: VPSchedule):
+    name = "relaxed" if sampler.network == "prox as score" else sampler.name
+    return make_plan(name, num_steps, schedule, times, **dict(sampler.options))
 
 
 def _score_of_pairs(eps_fn, plan):
@@ -133,9 +132,9 @@ def make_scheduler(name: str, times, schedule: VPSchedule):
 def _diffusers(name, eps_fn, times, shape, seeds, guidance_scale, schedule):
     seeds = as_seeds(seeds)
     scheduler = make_scheduler(name, times, schedule)
-    scales = [guidance_scale] * (len(times) - 1) if isinstance(guidance_scale, (int, float)) else guidance_scale
+    scales = per_step(guidance_scale, len(times) - 1)
     x = philox_normal(seeds, 0, tuple(shape))
-    for i, (t, timestep, scale) in enumerate(zip(reversed(times[1:]), scheduler.timesteps, scales, strict=True)):
+    for i, (t, timestep, scale) in enumerate(zip(reversed(times[1:]), scheduler.timesteps, scales)):
         eps_cond, eps_uncond = evaluate(eps_fn, x, t, 0.0, scale)
         eps = eps_cond if eps_uncond is None else eps_uncond + scale * (eps_cond - eps_uncond)
         noise = {"variance_noise": philox_normal(seeds, i + 1, tuple(shape))} if name.startswith("sde") else {}

@@ -48,25 +48,45 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 PER_GROUP = 16  # pictures of one prompt for the diversity figure
 
 
-def references(num_prompts: int, groups: int):
-    """Held-out drawings: images, captions, metadata of `num_prompts` prompts; PER_GROUP drawings for each of the first `groups`
-    prompts; and `num_prompts` drawings of other people."""
+def held_out(num_prompts: int):
+    """Held-out drawings of prompts that state everything: images uint8 [num_prompts, 3, 64, 64], captions, metadata."""
+    from .data.portraits import make_portrait
+    from .embedded import HELD_OUT_SEED
+
+    images, captions, metadata = zip(*(make_portrait(HELD_OUT_SEED + 10_000 + i, complete=True) for i in range(num_prompts)))
+    return _stack(images), list(captions), list(metadata)
+
+
+def drawings_of(metadata: list[dict], copies: int):
+    """`copies` other drawings of each prompt, one prompt's together: uint8 [len(metadata) * copies, 3, 64, 64]."""
+    from .data.portraits import draw_portrait
+
+    return _stack([draw_portrait(m["attributes"], random.Random(m["seed"] * copies + j)) for m in metadata for j in range(copies)])
+
+
+def drawings_of_others(num_images: int):
+    """Held-out drawings of other people: uint8 [num_images, 3, 64, 64]."""
+    from .data.portraits import make_portrait
+    from .embedded import HELD_OUT_SEED
+
+    return _stack([make_portrait(HELD_OUT_SEED + 5_000_000 + i)[0] for i in range(num_images)])
+
+
+def through_codec(images, codec, device="cpu"):
+    """What the VAE leaves of pictures, uint8 [M, 3, H, W] -> uint8 on the CPU."""
+    import torch
+
+    from .images import to_uint8
+
+    with torch.no_grad():
+        return torch.cat([to_uint8(codec.decode(codec.encode(x.to(device).float() / 127.5 - 1))).cpu() for x in images.split(64)])
+
+
+def _stack(pictures):
     import numpy as np
     import torch
 
-    from .data.portraits import draw_portrait, make_portrait
-    from .embedded import HELD_OUT_SEED
-
-    def tensor(pictures):
-        return torch.from_numpy(np.stack([np.asarray(p) for p in pictures])).permute(0, 3, 1, 2)
-
-    drawn = [make_portrait(HELD_OUT_SEED + 10_000 + i, complete=True) for i in range(num_prompts)]
-    images, captions, metadata = zip(*drawn)
-    varied = [
-        draw_portrait(m["attributes"], random.Random(m["seed"] * PER_GROUP + j)) for m in metadata[:groups] for j in range(PER_GROUP)
-    ]
-    others = [make_portrait(HELD_OUT_SEED + 5_000_000 + i)[0] for i in range(num_prompts)]
-    return tensor(images), list(captions), list(metadata), tensor(varied), tensor(others)
+    return torch.from_numpy(np.stack([np.asarray(p) for p in pictures])).permute(0, 3, 1, 2)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -82,14 +102,12 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def run(args: argparse.Namespace) -> list[dict]:
-    import torch
-
     from .data.portraits import ATTRIBUTES
     from .embedded import SHIPPED_MODEL
     from .embedded.judge import Judge, diversity, frechet_distance, right_attributes
     from .images import grid, save_png
     from .models.bundle import load_bundle
-    from .pipeline import check_guidance, check_guidance_below, generate, pick_device, plan_of
+    from .pipeline import generate, guidance_of, pick_device, plan_of
 
     device = pick_device(args.device)
     bundle = load_bundle(args.model or SHIPPED_MODEL, device=device)
@@ -97,14 +115,13 @@ def run(args: argparse.Namespace) -> list[dict]:
     for plan in plans:
         for steps in args.steps:
             plan_of(bundle.settings, steps, plan)  # an invalid pair is refused before anything is drawn
-    scales = [check_guidance(scale) for scale in args.guidance or [bundle.settings.guidance_scale]]
-    below = check_guidance_below(bundle.settings.guidance_below if args.guidance_below is None else args.guidance_below)
+    guidances = [guidance_of(bundle.settings, scale, args.guidance_below) for scale in args.guidance or [None]]
     judge = Judge(device=device)
     args.out.mkdir(parents=True, exist_ok=True)
 
-    drawings, captions, metadata, varied, others = references(args.num_prompts, args.diversity_prompts)
+    drawings, captions, metadata = held_out(args.num_prompts)
     real_predicted, real_features = judge(drawings)
-    varied_features = judge(varied)[1]
+    varied_features = judge(drawings_of(metadata[: args.diversity_prompts], PER_GROUP))[1]
     real_diversity = diversity(varied_features, args.diversity_prompts)
     seeds = [args.seed + i for i in range(len(captions))]
     group_captions = [c for c in captions[: args.diversity_prompts] for _ in range(PER_GROUP)]
@@ -119,12 +136,10 @@ def run(args: argparse.Namespace) -> list[dict]:
         }  # fmt: skip
 
     # what the judge and the VAE leave of the drawings themselves: no sampler can be expected to do better
-    with torch.no_grad():
-        decoded = torch.cat([bundle.codec.decode(bundle.codec.encode(x.to(device).float() / 127.5 - 1)).cpu() for x in drawings.split(64)])
-        decoded = ((decoded.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
+    decoded = through_codec(drawings, bundle.codec, device)
     decoded_predicted, decoded_features = judge(decoded)
     rows = [row("drawings", drawings, real_features, real_predicted, varied_features), row("drawings through the VAE", decoded, decoded_features, decoded_predicted, None)]
-    rows[0]["frechet_distance"] = frechet_distance(judge(others)[1], real_features)  # another draw of as many
+    rows[0]["frechet_distance"] = frechet_distance(judge(drawings_of_others(args.num_prompts))[1], real_features)  # another draw of as many
 
     header = f"{'sampler':<26}{'steps':>6}{'guidance':>9}{'accuracy':>10}{'all right':>10}{'FD':>9}{'diversity':>10}{'images/s':>10}"
     print(header)
@@ -132,7 +147,7 @@ def run(args: argparse.Namespace) -> list[dict]:
         print_row(r)
     for plan in plans:
         for steps in args.steps:
-            for scale in scales:
+            for scale, below in guidances:
                 options = dict(num_steps=steps, guidance_scale=scale, guidance_below=below, plan=plan, batch_size=args.batch_size, progress=sys.stderr.isatty())
                 start = time.perf_counter()
                 images = generate(bundle, captions, seeds, **options)

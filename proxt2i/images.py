@@ -8,9 +8,15 @@ import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 
+import torch
 from PIL import Image, ImageDraw, ImageFont
 from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
+
+
+def to_uint8(images: Tensor) -> Tensor:
+    """Decoded pictures, [-1, 1], any float dtype and shape -> uint8, clipped and rounded."""
+    return ((images.float().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
 
 
 def to_pil(image: Tensor) -> Image.Image:

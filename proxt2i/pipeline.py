@@ -13,6 +13,7 @@ from tqdm import tqdm
 
 from .diffusion import VPSchedule, guidance_scales, guided, make_plan, sample
 from .diffusion.plan import Plan
+from .images import to_uint8
 from .models.bundle import Bundle, Settings
 
 
@@ -22,16 +23,15 @@ def plan_of(settings: Settings, num_steps: int | None = None, plan: str | None =
     return make_plan(plan or settings.plan, num_steps or settings.num_steps, schedule, settings.grid)
 
 
-def check_guidance(scale: float) -> float:
+def guidance_of(settings: Settings, scale: float | None = None, below: float | None = None) -> tuple[float, float]:
+    """(guidance_scale, guidance_below) of `settings`, with two choices of the caller's. ValueError for values out of range."""
+    scale = float(settings.guidance_scale if scale is None else scale)
+    below = float(settings.guidance_below if below is None else below)
     if not 0 <= scale <= 100:
         raise ValueError(f"guidance_scale={scale:g}: use 0 (prompt ignored), 1 (no guidance) or more, up to 100")
-    return float(scale)
-
-
-def check_guidance_below(t: float) -> float:
-    if not 0 <= t <= 1:
-        raise ValueError(f"guidance_below={t:g}: must be a time between 0 (only the last step is guided) and 1 (all are)")
-    return float(t)
+    if not 0 <= below <= 1:
+        raise ValueError(f"guidance_below={below:g}: must be a time between 0 (only the last step is guided) and 1 (all are)")
+    return scale, below
 
 
 def pick_device(name: str | None) -> torch.device:
@@ -61,16 +61,14 @@ def generate(
     """One picture per (prompt, seed): uint8 [len(prompts), 3, H, W] on the CPU.
 
     A picture's noise is a function of its seed alone; the batch it is made in changes its pixels by rounding at most.
-    num_steps, guidance_scale, plan, guidance_below (see `diffusion.guidance_scales`): None takes the model's own default. batch_size: pictures sampled together
-    (guidance doubles the network's batch). callback(i, y, x): see `diffusion.sample`, called for every batch.
+    num_steps, guidance_scale, plan, guidance_below (see `diffusion.guidance_scales`): None takes the model's own default.
+    batch_size: pictures sampled together (guidance doubles the network's batch). callback(i, y, x): see `diffusion.sample`, called for every batch.
     Raises ValueError for an invalid plan, step count or guidance, before anything is computed.
     """
     if len(prompts) != len(seeds):
         raise ValueError(f"{len(prompts)} prompts but {len(seeds)} seeds: give one seed per picture")
     steps = plan_of(bundle.settings, num_steps, plan)
-    scale = check_guidance(bundle.settings.guidance_scale if guidance_scale is None else guidance_scale)
-    below = check_guidance_below(bundle.settings.guidance_below if guidance_below is None else guidance_below)
-    scales = guidance_scales(steps, scale, below)
+    scales = guidance_scales(steps.tau, *guidance_of(bundle.settings, guidance_scale, guidance_below))
     device = next(bundle.uvit.parameters()).device
     size = bundle.uvit.config.sample_size
     shape = (bundle.uvit.config.in_channels, size, size)
@@ -87,6 +85,6 @@ def generate(
             eps_fn = guided(bundle.uvit, [e[row[chosen]] for e in text], null_text)
             latents = sample(eps_fn, steps, shape, seeds[chosen], guidance_scale=scales, callback=callback)
             images = bundle.codec.decode(latents)
-            pictures.append(((images.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).cpu())
+            pictures.append(to_uint8(images).cpu())
             bar.update(len(chosen))
     return torch.cat(pictures)

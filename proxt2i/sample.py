@@ -91,13 +91,12 @@ def run(args: argparse.Namespace, prompts: list[str]) -> int:
     from .images import grid, save_png, to_pil
     from .models.bundle import load_bundle
     from .embedded import SHIPPED_MODEL
-    from .pipeline import check_guidance, check_guidance_below, generate, pick_device, plan_of
+    from .pipeline import generate, guidance_of, pick_device, plan_of
 
     device = pick_device(args.device)
     bundle = load_bundle(args.model or SHIPPED_MODEL, device=device)
     plan = plan_of(bundle.settings, args.steps, args.plan)
-    guidance = check_guidance(bundle.settings.guidance_scale if args.guidance is None else args.guidance)
-    below = check_guidance_below(bundle.settings.guidance_below if args.guidance_below is None else args.guidance_below)
+    guidance, below = guidance_of(bundle.settings, args.guidance, args.guidance_below)
     args.out.mkdir(parents=True, exist_ok=True)
 
     seeds = [args.seed + i for i in range(args.num_images)]

@@ -316,6 +316,21 @@ def test_preconditioning_splits_the_target_into_what_y_tells_and_a_unit_remainde
     assert (remainder * y).mean().item() / y.std().item() == pytest.approx(0, abs=0.02)
 
 
+def test_preconditioning_of_a_score_network_is_v_prediction():
+    """At lam = 0: eps = c_skip x + c_out F with F = sqrt(alpha) e - sqrt(1 - alpha) x_0, of unit variance and uncorrelated with x."""
+    t = torch.tensor([0.05, 0.3, 0.7, 1.0], dtype=torch.float64)[:, None]
+    x0, e = normals(4, 100_000, seed=1).double(), normals(4, 100_000, seed=2).double()
+    alpha = SCHEDULE.alpha(t)
+    c_skip, c_out = precondition(t, torch.zeros_like(t))
+    x = alpha.sqrt() * x0 + (1 - alpha).sqrt() * e
+    v = alpha.sqrt() * e - (1 - alpha).sqrt() * x0
+    torch.testing.assert_close(c_skip * x + c_out * v, e, rtol=1e-9, atol=1e-9)
+    # the prox network at t = 0 and the same noise has the same c_out, for y = x / sqrt(alpha)
+    at_zero = precondition(torch.zeros_like(t), (1 - alpha) / alpha)
+    torch.testing.assert_close(at_zero[0] / alpha.sqrt(), c_skip)
+    torch.testing.assert_close(at_zero[1], c_out)
+
+
 def test_preconditioned_prox_of_a_standard_normal_is_exact_without_a_network():
     """prox(y) = y - sqrt(lam) c_skip y = y / (1 + lam), the prox of -lam ln N(0, 1)."""
     lam = torch.tensor([0.1, 1.0, 4.0], dtype=torch.float64)

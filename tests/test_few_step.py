@@ -128,7 +128,8 @@ def test_the_benchmark_on_shards_with_a_clip_model(monkeypatch, tmp_path):
 
 
 def test_wrong_settings_are_refused(monkeypatch, tmp_path, capsys):
-    for settings, message in ((["samplers=[ddimm]"], "unknown samplers"), (["clip=x"], "needs both"), (["prompts=8"], "must not exceed")):
+    for settings, message in ((["samplers=[ddimm]"], "unknown samplers"), (["clip=x"], "needs both"), (["prompts=8"], "must not exceed"),
+                              (["nfee=[4]"], "nfee"), (["prompts=many"], "many"), ([f"prox={tmp_path / 'nowhere'}"], "nowhere")):
         with pytest.raises(SystemExit):
             run(monkeypatch, tmp_path, *settings)
         assert message in capsys.readouterr().err

@@ -95,10 +95,11 @@ def test_memory_helps_on_a_wide_gaussian():
 
 def test_guidance_on_the_last_steps_only():
     plan = make_plan("relaxed", 8)
-    scales = guidance_scales(plan, 2.0, below=0.3)
+    scales = guidance_scales(plan.tau, 2.0, below=0.3)
     assert scales == [1, 1, 1, 1, 1, 1, 2, 2]
-    assert guidance_scales(plan, 2.0) == [2] * 8
-    assert guidance_scales(make_plan("hybrid", 1), 2.0, below=0.01) == [2]  # the last step in any case
+    assert guidance_scales(plan.tau, 2.0) == [2] * 8
+    assert guidance_scales(make_plan("hybrid", 1).tau, 2.0, below=0.01) == [2]  # the last step in any case
+    assert guidance_scales(make_plan("backward", 10).tau, 2.0, below=1.0) == [2] * 10  # though its first tau is 1.08
     batches = []
 
     def model(y, t, lam, text):

@@ -69,6 +69,11 @@ class Plan:
     m: tuple[float, ...]
     schedule: VPSchedule = VPSchedule()
 
+    @property
+    def tau(self) -> list[float]:
+        """The times whose noise the network was trained to see at each step."""
+        return [self.schedule.tau(t, lam) for t, lam in zip(self.t, self.lam)]
+
 
 def make_plan(name: str, num_steps: int, schedule: VPSchedule = VPSchedule(), grid: Grid = "uniform", *,
               eta: float = 1.0, extrapolation: float = 1.0) -> Plan:

@@ -94,15 +94,15 @@ def guided(model: Callable, text: list[Tensor], null_text: list[Tensor] | None =
     return eps_fn
 
 
-def guidance_scales(plan: Plan, scale: float, below: float = 1.0) -> list[float]:
-    """One guidance scale a step: `scale` where the prox's input has the noise of a time tau <= below, 1 elsewhere.
+def guidance_scales(times: Sequence[float], scale: float, below: float = 1.0) -> list[float]:
+    """One guidance scale a step: `scale` where the network's input has the noise of a time <= below, 1 elsewhere.
 
-    tau: alpha_tau = alpha_t / (1 + lam), see score.py, "equivalence". Early steps decide what kind of picture it becomes, and
+    times: of each step in sampling order, Plan.tau or ScorePlan.t. Early steps decide what kind of picture it becomes, and
     guidance there costs diversity; a step with scale 1 costs one network evaluation an image instead of two. The last step is
     guided in any case.
     """
-    taus = [plan.schedule.t_of_alpha(plan.schedule.alpha(t) / (1 + lam)) for t, lam in zip(plan.t, plan.lam)]
-    return [scale if tau <= below or i + 1 == plan.num_steps else 1.0 for i, tau in enumerate(taus)]
+    # "backward" asks beyond time 1 in its first steps: below = 1 still means all of them
+    return [scale if min(t, 1.0) <= below or i + 1 == len(times) else 1.0 for i, t in enumerate(times)]
 
 
 def evaluate(eps_fn: EpsFn, y: Tensor, t: float, lam: float, guidance_scale: float) -> tuple[Tensor, Tensor | None]:

@@ -40,6 +40,10 @@ class VPSchedule:
         """1 - alpha_t, the noise variance, without cancellation near t = 0."""
         return -_apply("expm1", -self.beta_integral(0.0, t))
 
+    def tau(self, t, lam):
+        """The time whose noise the training input y = x_t + sqrt(lam) n has: y / sqrt(1 + lam) is a sample of it (score.py)."""
+        return self.t_of_alpha(self.alpha(t) / (1 + lam))
+
     def t_of_alpha(self, alpha):
         """The time with alpha_t = alpha, for alpha in (0, 1]; it exceeds 1 for alpha < alpha_1."""
         integral = -_apply("log", alpha)

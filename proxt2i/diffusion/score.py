@@ -173,7 +173,7 @@ def prox_from_eps(score_fn: EpsFn, schedule: VPSchedule = VPSchedule()) -> EpsFn
     """
 
     def eps_fn(y, t, lam, guidance_scale):
-        prime = schedule.t_of_alpha(schedule.alpha(t) / (1 + lam))
+        prime = schedule.tau(t, lam)
         ratio = lam / (schedule.one_minus_alpha(t) + lam)
         eps = score_fn(y * _column((1 + lam).rsqrt(), y), prime, torch.zeros_like(prime), guidance_scale)
         return _scaled(eps, _column(ratio.sqrt(), y))

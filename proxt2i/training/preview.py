@@ -6,7 +6,8 @@ import numpy as np
 import torch
 
 from proxt2i.config import Config
-from proxt2i.diffusion import VPSchedule, ddim, guidance_scales, guided, make_plan, sample
+from proxt2i.diffusion import VPSchedule, guidance_scales, guided, make_plan, sample, sample_score, score_plan
+from proxt2i.images import to_uint8
 
 
 @torch.no_grad()
@@ -20,10 +21,10 @@ def draw_grid(uvit, text_encoder, codec, config: Config) -> np.ndarray:
     eps_fn = guided(uvit, text_encoder(prompts), text_encoder([""]))
     shape = (uvit.config.in_channels, uvit.config.sample_size, uvit.config.sample_size)
     if diffusion.objective == "score":
-        latents = ddim(eps_fn, how.steps, shape, seeds, schedule=schedule, grid=diffusion.grid, guidance_scale=how.guidance)
+        plan = score_plan("ddim", how.steps, schedule, diffusion.grid)
+        latents = sample_score(eps_fn, plan, shape, seeds, guidance_scale=guidance_scales(plan.t, how.guidance, how.guidance_below))
     else:
         plan = make_plan(how.plan, how.steps, schedule, diffusion.grid)
-        latents = sample(eps_fn, plan, shape, seeds, guidance_scale=guidance_scales(plan, how.guidance, how.guidance_below))
-    images = codec.decode(latents).float().clamp(-1, 1).add(1).mul(127.5).round().to(torch.uint8)
-    images = images.permute(0, 2, 3, 1).cpu().numpy()
+        latents = sample(eps_fn, plan, shape, seeds, guidance_scale=guidance_scales(plan.tau, how.guidance, how.guidance_below))
+    images = to_uint8(codec.decode(latents)).permute(0, 2, 3, 1).cpu().numpy()
     return images.reshape(len(how.prompts), how.per_prompt, *images.shape[1:])
