@@ -11,14 +11,9 @@
 
 #include "common/math.h"
 #include "cpu/isa.h"
+#include "schemas.h"
 
-STABLE_TORCH_LIBRARY(proxt2i, m) {
-  m.def(
-      "prox_step(Tensor y, Tensor eps_cond, Tensor? eps_uncond, Tensor? noise, Tensor? seeds, int step, "
-      "float guidance_scale, float sqrt_lam, float a, float b) -> (Tensor, Tensor)");
-  m.def("prox(Tensor y, Tensor eps_cond, Tensor? eps_uncond, float guidance_scale, float sqrt_lam) -> Tensor");
-  m.def("philox_normal(Tensor seeds, int step, int count) -> Tensor");
-}
+STABLE_TORCH_LIBRARY(proxt2i, m) { proxt2i::define_ops(m); }
 
 namespace {
 

@@ -20,6 +20,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 OBJECTIVES = ("prox", "score")
 TARGETS = ("noise", "expected")
+SCORE_TIMES = ("uniform", "pairs")
 PRECISIONS = ("auto", "fp32", "bf16")
 LR_SCHEDULES = ("cosine", "constant")
 OPTIMIZERS = ("muon", "adamw")
@@ -55,6 +56,7 @@ class ModelConfig:
 @dataclass
 class DiffusionConfig:
     objective: str = "prox"  # prox (proximal matching) or score (the eps-MSE baseline)
+    score_times: str = "uniform"  # noise levels of objective=score: uniform in t, or those of the pairs that the prox would train on
     plan: str = "hybrid"  # sampling plan whose (t, lambda) pairs are trained (relaxed has the same)
     step_counts: List[int] = field(default_factory=lambda: [4, 5, 6, 8, 10])  # step counts N to train for
     step_weights: Optional[List[float]] = None  # chance of each step count, up to a factor; null: equal
@@ -239,7 +241,8 @@ def _validate_ranges(config: Config) -> None:
     not_negative = ("data.workers", "optim.weight_decay", "optim.warmup_images", "optim.grad_clip",
                     "optim.ema_ramp", "diffusion.beta_min", "diffusion.snr_power", "diffusion.weight_power", "diffusion.l1_images", "train.threads", "sample.every")
     fractions = ("diffusion.caption_dropout", "optim.final_lr", "sample.guidance_below")
-    choices = {"optim.name": OPTIMIZERS, "diffusion.objective": OBJECTIVES, "diffusion.target": TARGETS, "train.precision": PRECISIONS, "optim.schedule": LR_SCHEDULES}
+    choices = {"optim.name": OPTIMIZERS, "diffusion.objective": OBJECTIVES, "diffusion.target": TARGETS,
+               "diffusion.score_times": SCORE_TIMES, "train.precision": PRECISIONS, "optim.schedule": LR_SCHEDULES}
     for key in positive:
         if not _get(config, key) > 0:
             raise ValueError(f"{key} must be positive, got {_get(config, key)}")

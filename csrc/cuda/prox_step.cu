@@ -1,47 +1,15 @@
 // The fused proximal step on CUDA: a thread takes a Philox block, four neighbouring elements of one image, and does everything
 // for them. *Unverified*: compiled for sm_80 and sm_90a in every CI run, but not yet run on a GPU.
-#include <cuda_runtime.h>
-#include <torch/csrc/inductor/aoti_torch/c/shim.h>
-#include <torch/csrc/stable/accelerator.h>
-#include <torch/csrc/stable/macros.h>
-
 #include <algorithm>
 #include <cstdint>
 
 #include "../common/op.h"
+#include "device.cuh"
 
 namespace proxt2i {
 namespace {
 
 constexpr int threads_per_block = 256;
-constexpr int64_t max_grid_x = 4096;  // further blocks of an image are reached by striding
-constexpr int64_t max_grid_y = 65535;
-
-template <typename T>
-struct alignas(4 * sizeof(T)) Vec4 {
-  T v[4];
-};
-
-// Elements first ... first + count - 1 of a row; the vector path needs count == 4 and alignment.
-template <bool aligned, typename T>
-__device__ __forceinline__ Vec4<T> load4(const T* row, int64_t first, int count) {
-  if constexpr (aligned) {
-    return *reinterpret_cast<const Vec4<T>*>(row + first);
-  } else {
-    Vec4<T> result{};
-    for (int i = 0; i < count; ++i) result.v[i] = row[first + i];
-    return result;
-  }
-}
-
-template <bool aligned, typename T>
-__device__ __forceinline__ void store4(T* row, int64_t first, int count, const Vec4<T>& value) {
-  if constexpr (aligned) {
-    *reinterpret_cast<Vec4<T>*>(row + first) = value;
-  } else {
-    for (int i = 0; i < count; ++i) row[first + i] = value.v[i];
-  }
-}
 
 template <bool aligned, typename T, typename E>
 __device__ __forceinline__ void step4(const StepArgs<T, E>& args, int64_t image, int64_t block, uint64_t seed) {
@@ -113,53 +81,39 @@ dim3 grid_for(int64_t num_images, int64_t per_image) {
   return dim3(static_cast<unsigned>(x), static_cast<unsigned>(std::min(max_grid_y, num_images)));
 }
 
-cudaStream_t current_stream(const Tensor& t) {
-  void* stream = nullptr;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(t.get_device_index(), &stream));
-  return static_cast<cudaStream_t>(stream);
-}
-
-template <typename T>
-bool is_aligned(const T* p) {
-  return reinterpret_cast<uintptr_t>(p) % alignof(Vec4<T>) == 0;
-}
-
 template <typename T, typename E>
-void launch(const StepArgs<T, E>& args, cudaStream_t stream) {
+void launch_step(const StepArgs<T, E>& args, cudaStream_t stream) {
   if (args.num_images * args.per_image == 0) return;
   const bool aligned = args.per_image % 4 == 0 && is_aligned(args.y) && is_aligned(args.eps_cond) &&
                        is_aligned(args.eps_uncond) && is_aligned(args.noise) && is_aligned(args.x) && is_aligned(args.y_next);
   const dim3 grid = grid_for(args.num_images, args.per_image);
   if (aligned) {
-    prox_step_kernel<true><<<grid, threads_per_block, 0, stream>>>(args);
+    launch(prox_step_kernel<true, T, E>, grid, threads_per_block, 0, stream, args);
   } else {
-    prox_step_kernel<false><<<grid, threads_per_block, 0, stream>>>(args);
+    launch(prox_step_kernel<false, T, E>, grid, threads_per_block, 0, stream, args);
   }
-  STD_CUDA_KERNEL_LAUNCH_CHECK();
 }
 
 std::tuple<Tensor, Tensor> prox_step_cuda(const Tensor& y, const Tensor& eps_cond, const std::optional<Tensor>& eps_uncond,
                                           const std::optional<Tensor>& noise, const std::optional<Tensor>& seeds, int64_t step,
                                           double guidance_scale, double sqrt_lam, double a, double b) {
-  const torch::stable::accelerator::DeviceGuard guard(y.get_device_index());
+  const OnDeviceOf device(y);
   const StepTensors t = prepare(y, eps_cond, eps_uncond, noise, seeds, true, b);
-  const cudaStream_t stream = current_stream(y);
-  dispatch(t, step, guidance_scale, sqrt_lam, a, b, [stream](const auto& args) { launch(args, stream); });
+  dispatch(t, step, guidance_scale, sqrt_lam, a, b, [&](const auto& args) { launch_step(args, device.stream); });
   return {t.x, *t.y_next};
 }
 
 Tensor prox_cuda(const Tensor& y, const Tensor& eps_cond, const std::optional<Tensor>& eps_uncond, double guidance_scale,
                  double sqrt_lam) {
-  const torch::stable::accelerator::DeviceGuard guard(y.get_device_index());
+  const OnDeviceOf device(y);
   const StepTensors t = prepare(y, eps_cond, eps_uncond, std::nullopt, std::nullopt, false, 0.0);
-  const cudaStream_t stream = current_stream(y);
-  dispatch(t, 0, guidance_scale, sqrt_lam, 1.0, 0.0, [stream](const auto& args) { launch(args, stream); });
+  dispatch(t, 0, guidance_scale, sqrt_lam, 1.0, 0.0, [&](const auto& args) { launch_step(args, device.stream); });
   return t.x;
 }
 
 Tensor philox_normal_cuda(const Tensor& seeds, int64_t step, int64_t count) {
   check_philox(seeds, step, count);
-  const torch::stable::accelerator::DeviceGuard guard(seeds.get_device_index());
+  const OnDeviceOf device(seeds);
   const Tensor keys = torch::stable::contiguous(seeds);
   const int64_t shape[] = {seeds.size(0), count};
   const Tensor out = torch::stable::new_empty(seeds, {shape, 2}, ScalarType::Float);
@@ -167,20 +121,18 @@ Tensor philox_normal_cuda(const Tensor& seeds, int64_t step, int64_t count) {
   const auto* key = static_cast<const int64_t*>(keys.const_data_ptr());
   auto* z = static_cast<float*>(out.mutable_data_ptr());
   const dim3 grid = grid_for(seeds.size(0), count);
-  const cudaStream_t stream = current_stream(seeds);
   if (count % 4 == 0 && is_aligned(z)) {
-    philox_normal_kernel<true><<<grid, threads_per_block, 0, stream>>>(key, z, seeds.size(0), count, step);
+    launch(philox_normal_kernel<true>, grid, threads_per_block, 0, device.stream, key, z, seeds.size(0), count, uint64_t(step));
   } else {
-    philox_normal_kernel<false><<<grid, threads_per_block, 0, stream>>>(key, z, seeds.size(0), count, step);
+    launch(philox_normal_kernel<false>, grid, threads_per_block, 0, device.stream, key, z, seeds.size(0), count, uint64_t(step));
   }
-  STD_CUDA_KERNEL_LAUNCH_CHECK();
   return out;
 }
 
 }  // namespace
 }  // namespace proxt2i
 
-STABLE_TORCH_LIBRARY_IMPL(proxt2i, CUDA, m) {
+PROXT2I_CUDA_IMPL(m) {
   m.impl("prox_step", TORCH_BOX(&proxt2i::prox_step_cuda));
   m.impl("prox", TORCH_BOX(&proxt2i::prox_cuda));
   m.impl("philox_normal", TORCH_BOX(&proxt2i::philox_normal_cuda));

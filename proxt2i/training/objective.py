@@ -36,7 +36,7 @@ class Objective:
         self.config, self.run_seed = config, run_seed
         self.schedule = VPSchedule(config.beta_min, config.beta_max)
         self.is_score = config.objective == "score"
-        self.pairs = TimeSampler() if self.is_score else PairSampler(
+        self.pairs = TimeSampler() if self.is_score and config.score_times == "uniform" else PairSampler(
             config.step_counts, config.plan, self.schedule, config.step_weights, config.grid, config.snr_power)
         # Report by step count ("N4/k3" -> "N4"): the network may be good for 20 steps and bad for 4.
         groups = [name.split("/")[0] for name in self.pairs.bucket_names]
@@ -47,6 +47,8 @@ class Objective:
         """Noise x0 (float32 [B, C, H, W]); every random number is a function of (run seed, position)."""
         seeds = sample_seeds(self.run_seed, positions.numpy())
         t, lam, bucket = self.pairs.draw(torch.from_numpy(uniforms(seeds, PAIR)))
+        if self.is_score and self.config.score_times == "pairs":  # the same noise, asked as a score: y / sqrt(1 + lam) at tau
+            t, lam = self.schedule.tau(t, lam), torch.zeros_like(lam)
         seeds = torch.from_numpy(seeds).to(x0.device)
         t, lam = t.to(x0.device), lam.to(x0.device)
         e = philox_normal(seeds, 0, x0.shape[1:])
