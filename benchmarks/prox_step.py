@@ -2,12 +2,14 @@
 
     python benchmarks/prox_step.py [--shape 8 16 64 64] [--threads 2] [--repeats 60] [--device cpu] [--out FILE.json]
 
-fused  proxt2i.ops.prox_step: guidance, prox, next state and counter-based noise in one pass
+fused  proxt2i.ops.prox_step as the sampler calls it: guidance, prox, next state and counter-based noise in one pass; x itself is not
+       wanted
+both   the same, and x
 eager  the same step as one writes it in torch: torch.randn and elementwise operations
 ddim   the same guidance, then diffusers' DDIMScheduler.step with eta=1
 
-The three take turns, so that other work on the machine hits them alike; times are medians. GB/s counts what a step must move
-(y and both network outputs read, x and the next y written) for all three. Ratios are times divided by the fused step's.
+They take turns, so that other work on the machine hits them alike; times are medians. GB/s counts what a step must move
+(y and both network outputs read, the next y written) for all. Ratios are times divided by the fused step's.
 """
 
 import argparse
@@ -21,7 +23,7 @@ import torch
 from diffusers import DDIMScheduler
 
 from proxt2i import _C
-from proxt2i.ops import prox_step
+from proxt2i.ops import coefficients, prox_step
 
 GUIDANCE, SQRT_LAM, A, B = 2.0, 0.8, 1.2, 0.6
 
@@ -34,9 +36,13 @@ def make_steps(shape: tuple[int, ...], device: str) -> dict:
     scheduler.set_timesteps(8)
     timestep = int(scheduler.timesteps[3])
 
+    row = torch.tensor(coefficients(SQRT_LAM, guidance_scale=GUIDANCE, a=A, b=B, draw=1), dtype=torch.float64, device=device)
+
     def fused():
-        return prox_step(y, eps_cond, eps_uncond, guidance_scale=GUIDANCE, sqrt_lam=SQRT_LAM, a=A, b=B, seeds=seeds, step=1,
-                         impl="native")
+        return prox_step(y, eps_cond, eps_uncond, row, seeds=seeds, want_x=False, impl="native")
+
+    def both():
+        return prox_step(y, eps_cond, eps_uncond, row, seeds=seeds, impl="native")
 
     def eager():
         eps = eps_uncond + GUIDANCE * (eps_cond - eps_uncond)
@@ -47,7 +53,7 @@ def make_steps(shape: tuple[int, ...], device: str) -> dict:
         eps = eps_uncond + GUIDANCE * (eps_cond - eps_uncond)
         return scheduler.step(eps, timestep, y, eta=1.0)
 
-    return {"fused": fused, "eager": eager, "ddim": ddim}
+    return {"fused": fused, "both": both, "eager": eager, "ddim": ddim}
 
 
 def measure(steps: dict, repeats: int, device: str) -> dict[str, list[float]]:
@@ -82,7 +88,7 @@ def main():
     with torch.no_grad():
         times = measure(make_steps(tuple(args.shape), args.device), args.repeats, args.device)
     seconds = {name: statistics.median(values) for name, values in times.items()}
-    num_bytes = 5 * 4 * torch.Size(args.shape).numel()
+    num_bytes = 4 * 4 * torch.Size(args.shape).numel()
     device_name = torch.cuda.get_device_name() if args.device == "cuda" else platform.processor() or platform.machine()
     result = {
         "shape": args.shape, "dtype": "float32", "device": args.device, "device_name": device_name,
@@ -90,7 +96,7 @@ def main():
         "median_ms": {name: 1e3 * value for name, value in seconds.items()},
         "min_ms": {name: 1e3 * min(values) for name, values in times.items()},
         "gb_per_s": {name: num_bytes / value / 1e9 for name, value in seconds.items()},
-        "ratio": {name: seconds[name] / seconds["fused"] for name in ("eager", "ddim")},
+        "ratio": {name: seconds[name] / seconds["fused"] for name in ("both", "eager", "ddim")},
     }
     for name in times:
         ratio = f"   {result['ratio'][name]:5.1f}x the fused step" if name in result["ratio"] else ""

@@ -6,9 +6,8 @@ namespace proxt2i {
 template <typename Library>
 void define_ops(Library& m) {
   m.def(
-      "prox_step(Tensor y, Tensor eps_cond, Tensor? eps_uncond, Tensor? noise, Tensor? seeds, int step, float guidance_scale, "
-      "float sqrt_lam, float a, float b) -> (Tensor, Tensor)");
-  m.def("prox(Tensor y, Tensor eps_cond, Tensor? eps_uncond, float guidance_scale, float sqrt_lam) -> Tensor");
+      "prox_step(Tensor y, Tensor eps_cond, Tensor? eps_uncond, Tensor? clean, Tensor? noise, Tensor? seeds, Tensor coefficients, "
+      "bool want_x, bool want_next, bool want_clean) -> (Tensor, Tensor, Tensor)");
   m.def("philox_normal(Tensor seeds, int step, int count) -> Tensor");
 }
 

@@ -97,8 +97,9 @@ def unit_noises(monkeypatch):
         noise[step + 1] = 1
         return noise
 
-    def step_with_basis(y, *args, seeds, step, **options):
-        return ops.prox_step(y, *args, noise=basis(seeds, step, y.shape[1:]), **options)
+    def step_with_basis(y, cond, uncond, row, *, seeds, want_next=True, **options):
+        noise = basis(seeds, int(row[-1]), y.shape[1:]) if want_next else None
+        return ops.prox_step(y, cond, uncond, row, noise=noise, want_next=want_next, **options)
 
     for module in (proximal, score):
         monkeypatch.setattr(module, "philox_normal", basis)
@@ -175,9 +176,10 @@ def test_ode_plan_draws_only_the_start(monkeypatch):
         draws.append(step)
         return ops.philox_normal(seeds, step, shape, **options)
 
-    def counting_step(*args, b, **options):
-        draws.extend([options["step"]] * (b != 0))
-        return ops.prox_step(*args, b=b, **options)
+    def counting_step(y, cond, uncond, row, *, want_next, **options):
+        b, draw = float(row[3]), int(row[-1])
+        draws.extend([draw] * (want_next and b != 0))
+        return ops.prox_step(y, cond, uncond, row, want_next=want_next, **options)
 
     monkeypatch.setattr(proximal, "philox_normal", counting)
     monkeypatch.setattr(proximal, "prox_step", counting_step)

@@ -12,7 +12,7 @@ import pytest
 import scipy.stats
 import torch
 
-from proxt2i.ops import native, native_available, philox_normal, prox, prox_step
+from proxt2i.ops import coefficients, native, native_available, philox_normal, prox_step
 from proxt2i.ops.philox import box_muller, philox4x32_10, philox_words_ref
 
 if not native_available() and os.environ.get("PROXT2I_REQUIRE_NATIVE") != "1":
@@ -22,6 +22,8 @@ from proxt2i import _C  # noqa: E402
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(
     not (torch.cuda.is_available() and native_available("cuda")), reason="needs a GPU and an extension with CUDA kernels"))]
 STEP = dict(guidance_scale=2.5, sqrt_lam=0.8, a=1.2, b=0.6)
+ROW = coefficients(**STEP, draw=1)
+FULL = coefficients(**STEP, clean_y=1.1, clean_eps=0.7, memory=0.4, draw=1)
 OPS = torch.ops.proxt2i
 
 
@@ -129,24 +131,25 @@ def test_noise_does_not_depend_on_threads_or_instruction_set(restore_isa):
         for isa, torch_threads in itertools.product(_C.build_info()["cpu_isas"], (1, 3)):
             _C.use_cpu_isa(isa)
             torch.set_num_threads(torch_threads)
-            results.append(prox_step(y, cond, uncond, **STEP, seeds=seeds, step=2, impl="native"))
+            results.append(prox_step(y, cond, uncond, FULL, clean=cond, seeds=seeds, want_clean=True, impl="native"))
     finally:
         torch.set_num_threads(threads)
-    for x, y_next in results[1:]:
-        assert torch.equal(x, results[0][0]) and torch.equal(y_next, results[0][1])
+    for result in results[1:]:
+        assert all(map(torch.equal, result, results[0]))
 
 
 # ---- the step --------------------------------------------------------------------------------------------------------------
 
 def native_plain_exact(shape, eps_dtype, device):
-    """(x, y_next) of the kernel, of float32 torch given the exact noise rounded to float32, and of float64 throughout."""
+    """(x, y_next, D) of the kernel, of float32 torch given the exact noise rounded to float32, and of float64 throughout."""
     y, cond, uncond, seeds = tensors(*shape, eps_dtype=eps_dtype, device=device)
     words = philox_words_ref(seeds, 1, (math.prod(shape[1:]) + 3) // 4)
     z = torch.cat([box_muller(*words[:2]), box_muller(*words[2:])], dim=-1).flatten(1)
     z = z[:, :math.prod(shape[1:])].reshape(shape)
-    return (prox_step(y, cond, uncond, **STEP, seeds=seeds, step=1, impl="native"),
-            prox_step(y, cond, uncond, **STEP, noise=z.float(), impl="ref"),
-            prox_step(y.double(), cond, uncond, **STEP, noise=z, impl="ref"))
+    clean = 0.3 * y.flip(0)
+    return (prox_step(y, cond, uncond, FULL, clean=clean, seeds=seeds, want_clean=True, impl="native"),
+            prox_step(y, cond, uncond, FULL, clean=clean, noise=z.float(), want_clean=True, impl="ref"),
+            prox_step(y.double(), cond, uncond, FULL, clean=clean.double(), noise=z, want_clean=True, impl="ref"))
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -169,22 +172,51 @@ def test_odd_sizes(shape, device):
 @pytest.mark.parametrize("device", DEVICES)
 def test_closed_forms(device):
     y, cond, uncond, seeds = tensors(3, 4, 5, device=device, dtype=torch.float64)
-    x, y_next = prox_step(y, cond, None, **STEP, seeds=seeds, step=6)
+    x, y_next, _ = prox_step(y, cond, None, coefficients(**STEP, draw=6), seeds=seeds)
     torch.testing.assert_close(x, y - 0.8 * cond)
     torch.testing.assert_close(y_next, 1.2 * x + 0.6 * philox_normal(seeds, 6, (4, 5)).double())
-    noise = torch.randn_like(y)
-    torch.testing.assert_close(prox_step(y, cond, None, **STEP, noise=noise)[1], 1.2 * x + 0.6 * noise)
-    x, y_next = prox_step(y, cond, uncond, guidance_scale=0.0, sqrt_lam=0.5, a=1.5, b=0.0)
+    noise, before = torch.randn_like(y), torch.randn_like(y)
+    torch.testing.assert_close(prox_step(y, cond, None, ROW, noise=noise)[1], 1.2 * x + 0.6 * noise)
+    _, remembering, clean = prox_step(y, cond, None, FULL, clean=before, noise=noise, want_clean=True)
+    torch.testing.assert_close(clean, 1.1 * y - 0.7 * cond)
+    torch.testing.assert_close(remembering, 1.2 * x + 0.6 * noise + 0.4 * (clean - before))
+    x, y_next, _ = prox_step(y, cond, uncond, coefficients(0.5, guidance_scale=0, a=1.5), noise=noise)  # b = 0: noise unused
     torch.testing.assert_close(x, y - 0.5 * uncond)
     torch.testing.assert_close(y_next, 1.5 * x)
-    torch.testing.assert_close(prox(y, cond, uncond, guidance_scale=1.0, sqrt_lam=0.5), y - 0.5 * cond)
+    torch.testing.assert_close(prox_step(y, cond, uncond, coefficients(0.5), want_next=False)[0], y - 0.5 * cond)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("impl", ["native", "ref"])
+def test_every_image_may_have_a_row_of_its_own(impl, device):
+    """A batch of images at different steps: the same bits as each image alone, its row taken out of a table."""
+    y, cond, uncond, seeds = tensors(3, 2, 77, device=device)
+    clean = torch.randn_like(y)
+    table = torch.tensor([FULL, coefficients(0.3, guidance_scale=1.5, a=0.9, b=0.1, clean_eps=1, draw=5), coefficients(2.0, a=0.5)],
+                         dtype=torch.float64, device=device)
+    together = prox_step(y, cond, uncond, table, clean=clean, seeds=seeds, want_clean=True, impl=impl)
+    for i in range(3):
+        one = slice(i, i + 1)
+        alone = prox_step(y[one], cond[one], uncond[one], table[i], clean=clean[one], seeds=seeds[one], want_clean=True, impl=impl)
+        for ours, theirs in zip(alone, together):
+            assert torch.equal(ours, theirs[one])
+
+
+@pytest.mark.parametrize("impl", ["native", "ref"])
+def test_outputs_that_are_not_wanted_change_nothing_else(impl):
+    y, cond, uncond, seeds = tensors(2, 3, 9)
+    everything = prox_step(y, cond, uncond, FULL, clean=cond, seeds=seeds, want_clean=True, impl=impl)
+    for wanted in itertools.product([True, False], repeat=3):
+        flags = dict(zip(("want_x", "want_next", "want_clean"), wanted))
+        got = prox_step(y, cond, uncond, FULL, clean=cond, seeds=seeds, impl=impl, **flags)
+        assert all(value is None if not want else torch.equal(value, whole) for value, want, whole in zip(got, wanted, everything))
 
 
 def test_half_precision_inputs_are_widened_exactly():
     bits = torch.arange(-(2**15), 2**15).to(torch.int16)
     for dtype in (torch.float16, torch.bfloat16):
         eps = bits.view(dtype)
-        x = prox(torch.zeros(1, 2**16), eps[None], None, guidance_scale=1.0, sqrt_lam=-1.0, impl="native")[0]
+        x = prox_step(torch.zeros(1, 2**16), eps[None], None, coefficients(-1), want_next=False, impl="native")[0][0]
         torch.testing.assert_close(x, eps.float(), rtol=0, atol=0, equal_nan=True)
 
 
@@ -192,19 +224,21 @@ def test_half_precision_inputs_are_widened_exactly():
 @pytest.mark.parametrize("impl", ["native", "ref"])
 def test_empty_shapes(shape, impl):
     y, cond, uncond, seeds = tensors(*shape)
-    x, y_next = prox_step(y, cond, uncond, **STEP, seeds=seeds, impl=impl)
-    assert x.shape == y_next.shape == shape
+    x, y_next, clean = prox_step(y, cond, uncond, FULL, seeds=seeds, want_clean=True, impl=impl)
+    assert x.shape == y_next.shape == clean.shape == shape
+    assert prox_step(y, cond, uncond, torch.tensor([FULL] * shape[0]).double().reshape(-1, 8), seeds=seeds, impl=impl)[0].shape == shape
     assert philox_normal(seeds, 0, shape[1:], impl=impl).shape == shape
 
 
 @pytest.mark.parametrize("device", DEVICES)
 def test_non_contiguous_and_misaligned_inputs(device):
     y, cond, uncond, seeds = tensors(4, 6, 8, 10, device=device)
-    expected = prox_step(y, cond, uncond, **STEP, seeds=seeds, impl="native")
+    expected = prox_step(y, cond, uncond, FULL, clean=y, seeds=seeds, want_clean=True, impl="native")
     misaligned = torch.empty(y.numel() + 1, device=device)[1:].view(y.shape).copy_(cond)
     strided_seeds = seeds.repeat_interleave(2)[::2]
-    got = prox_step(y.to(memory_format=torch.channels_last), misaligned, uncond.transpose(1, 3).contiguous().transpose(1, 3), **STEP,
-                    seeds=strided_seeds, impl="native")
+    got = prox_step(y.to(memory_format=torch.channels_last), misaligned, uncond.transpose(1, 3).contiguous().transpose(1, 3),
+                    torch.tensor(FULL, device=device).double().repeat_interleave(2)[::2], clean=y.to(memory_format=torch.channels_last),
+                    seeds=strided_seeds, want_clean=True, impl="native")
     for ours, theirs in zip(got, expected):
         assert ours.is_contiguous() and torch.equal(ours, theirs)
 
@@ -212,7 +246,7 @@ def test_non_contiguous_and_misaligned_inputs(device):
 def test_inputs_are_left_alone():
     inputs = tensors(2, 3, 9)
     before = [t.clone() for t in inputs]
-    prox_step(*inputs[:3], **STEP, seeds=inputs[3], impl="native")
+    prox_step(*inputs[:3], FULL, clean=inputs[0], seeds=inputs[3], want_clean=True, impl="native")
     assert all(torch.equal(a, b) for a, b in zip(inputs, before))
 
 
@@ -229,18 +263,26 @@ def test_wrong_inputs_are_refused_before_work():
         (dict(seeds=seeds[:1]), "one entry for each"),
         (dict(seeds=seeds.int()), "seeds must be int64"),
         (dict(seeds=None, noise=y[0]), "noise must have y's shape"),
-        (dict(step=-1), "step must be >= 0"),
+        (dict(clean=y[:, :2]), "clean must have y's shape"),
+        (dict(row=ROW[:-1]), r"coefficients must have shape \[8\] or \[2, 8\], not \[7\]"),
+        (dict(row=[ROW] * 3), "coefficients must have shape"),
+        (dict(row=torch.tensor(ROW)), "coefficients must be float64"),
         (dict(impl="fast"), "impl must be"),
     ]
     for change, message in cases:
-        call = dict(y=y, eps_cond=cond, eps_uncond=uncond, seeds=seeds, **STEP) | change
+        call = dict(y=y, eps_cond=cond, eps_uncond=uncond, row=ROW, seeds=seeds) | change
         with pytest.raises(ValueError, match=message):
-            prox_step(call.pop("y"), call.pop("eps_cond"), call.pop("eps_uncond"), **call)
-    raw = [(y, cond.double(), None, None, seeds), (y, cond[:1], None, None, seeds), (y, cond, None, None, None),
-           (y, cond, None, None, seeds[:1]), (y, cond, None, y.double(), None), (y, cond, uncond.half(), None, seeds)]
+            prox_step(**call)
+    with pytest.raises(ValueError, match="draw must be >= 0"):
+        coefficients(1, draw=-1)
+    row = torch.tensor(ROW, dtype=torch.float64)
+    raw = [(y, cond.double(), None, None, None, seeds, row), (y, cond[:1], None, None, None, seeds, row),
+           (y, cond, None, None, None, seeds[:1], row), (y, cond, None, None, y.double(), None, row),
+           (y, cond, uncond.half(), None, None, seeds, row), (y, cond, None, y[0], None, seeds, row),
+           (y, cond, None, None, None, seeds, row[:7]), (y, cond, None, None, None, seeds, row.float())]
     for arguments in raw:  # the op itself, called past the Python face
         with pytest.raises(RuntimeError, match="proxt2i: "):
-            OPS.prox_step(*arguments, 0, 1.0, 1.0, 1.0, 1.0)
+            OPS.prox_step(*arguments, True, True, True)
 
 
 # ---- torch integration -----------------------------------------------------------------------------------------------------
@@ -250,11 +292,11 @@ def test_wrong_inputs_are_refused_before_work():
 def test_opcheck(guided, source, device):
     y, cond, uncond, seeds = tensors(3, 2, 5, device=device)
     y, cond, uncond = (t.requires_grad_() for t in (y, cond, uncond))
-    noise = torch.randn_like(y).requires_grad_() if source == "noise" else None
-    b = 0.0 if source is None else 0.6
+    noise, clean = (torch.randn_like(y).requires_grad_() if source == "noise" else None for _ in range(2))
     uncond = uncond if guided else None
-    torch.library.opcheck(OPS.prox_step.default, (y, cond, uncond, noise, seeds if source == "seeds" else None, 2, 2.5, 0.8, 1.2, b))
-    torch.library.opcheck(OPS.prox.default, (y, cond, uncond, 2.5, 0.8))
+    row = torch.tensor(FULL if source else coefficients(0.8, a=1.2), dtype=torch.float64, device=device)
+    for wanted in ((True, True, source == "noise"), (True, False, False), (False, True, True)):
+        torch.library.opcheck(OPS.prox_step.default, (y, cond, uncond, clean, noise, seeds if source == "seeds" else None, row, *wanted))
     torch.library.opcheck(OPS.philox_normal.default, (seeds, 1, 10))
 
 
@@ -262,20 +304,21 @@ def test_opcheck(guided, source, device):
 @pytest.mark.parametrize("impl", ["native", "ref"])
 def test_gradcheck(guided, impl):
     y, cond, uncond, seeds = tensors(2, 3, 2, dtype=torch.float64)
-    noise = torch.randn_like(y)
+    noise, clean = torch.randn_like(y).requires_grad_(), torch.randn_like(y).requires_grad_()
     leaves = [t.requires_grad_() for t in ([y, cond, uncond] if guided else [y, cond])]
+    rows = torch.tensor([FULL, coefficients(0.3, guidance_scale=0.5, a=2, b=0, clean_y=1, clean_eps=3, memory=-1)]).double()
 
     def drawn(y, cond, uncond=None):
-        return prox_step(y, cond, uncond, **STEP, seeds=seeds, step=1, impl=impl)
+        return prox_step(y, cond, uncond, ROW, seeds=seeds, impl=impl)[:2]
 
-    def given(noise, y, cond, uncond=None):
-        return prox_step(y, cond, uncond, **STEP, noise=noise, impl=impl)
+    def given(noise, clean, y, cond, uncond=None):
+        return prox_step(y, cond, uncond, rows, clean=clean, noise=noise, want_clean=True, impl=impl)
 
     def last(y, cond, uncond=None):
-        return prox(y, cond, uncond, guidance_scale=2.5, sqrt_lam=0.8, impl=impl)
+        return prox_step(y, cond, uncond, ROW, want_next=False, impl=impl)[0]
 
     assert torch.autograd.gradcheck(drawn, leaves) and torch.autograd.gradgradcheck(drawn, leaves)
-    assert torch.autograd.gradcheck(given, [noise.requires_grad_(), *leaves])
+    assert torch.autograd.gradcheck(given, [noise, clean, *leaves])
     assert torch.autograd.gradcheck(last, leaves)
 
 
@@ -284,7 +327,7 @@ def test_gradients_flow_into_half_precision_outputs():
     grads = {}
     for impl in ("native", "ref"):
         leaves = [t.clone().requires_grad_() for t in (y, cond, uncond)]
-        x, y_next = prox_step(*leaves, **STEP, seeds=seeds, impl=impl)
+        x, y_next, _ = prox_step(*leaves, ROW, seeds=seeds, impl=impl)
         (x.square().sum() + y_next.sin().sum()).backward()
         grads[impl] = [leaf.grad for leaf in leaves]
     for ours, theirs in zip(grads["native"], grads["ref"]):
@@ -296,7 +339,7 @@ def test_compiles_into_one_graph():
     y, cond, uncond, seeds = tensors(2, 3, 8)
 
     def step(y, cond, uncond, seeds):
-        return prox_step(y * 2, cond, uncond, **STEP, seeds=seeds, step=1)[1] + 1
+        return prox_step(y * 2, cond, uncond, ROW, seeds=seeds)[1] + 1
 
     compiled = torch.compile(step, backend="aot_eager", fullgraph=True)
     torch.testing.assert_close(compiled(y, cond, uncond, seeds), step(y, cond, uncond, seeds))

@@ -166,7 +166,7 @@ PROXT2I_HD void philox_normal4(uint64_t seed, uint64_t step, uint64_t block, flo
   box_muller(words[2], words[3], z2, z3);
 }
 
-// The step: eps = eps_u + w (eps_c - eps_u);  x = y - sqrt(lambda) eps;  y_next = a x + b z.
+// The step: eps = eps_u + w (eps_c - eps_u);  x = y - sqrt(lambda) eps;  D = c_y y - c_eps eps;  y_next = a x + b z + m (D - D').
 template <typename T>
 PROXT2I_HD T guide(T eps_cond, T eps_uncond, T guidance_scale) {
   return fma(guidance_scale, eps_cond - eps_uncond, eps_uncond);
@@ -176,8 +176,16 @@ PROXT2I_HD T prox(T y, T eps, T sqrt_lam) {
   return fma(-sqrt_lam, eps, y);
 }
 template <typename T>
+PROXT2I_HD T clean_image(T y, T eps, T clean_y, T clean_eps) {
+  return fma(-clean_eps, eps, clean_y * y);
+}
+template <typename T>
 PROXT2I_HD T renoise(T x, T z, T a, T b) {
   return fma(b, z, a * x);
+}
+template <typename T>
+PROXT2I_HD T remember(T y_next, T clean, T clean_before, T memory) {
+  return fma(memory, clean - clean_before, y_next);
 }
 
 }  // namespace proxt2i

@@ -34,42 +34,50 @@ PROXT2I_INLINE void draw_normals(uint64_t seed, uint64_t step, uint64_t first_bl
   }
 }
 
-template <typename T, typename Z>
-PROXT2I_INLINE void renoise_chunk(const T* x, const Z* z, T a, T b, int64_t length, T* y_next) {
-#pragma omp simd
-  for (int64_t i = 0; i < length; ++i) y_next[i] = renoise(x[i], static_cast<T>(z[i]), a, b);
-}
-
 template <Isa isa, typename T, typename E>
 PROXT2I_INLINE void step_chunk(const StepArgs<T, E>& args, int64_t image, int64_t offset, int64_t length) {
   const int64_t at = image * args.per_image + offset;
+  const StepRow<T> row = step_row(args, image);
   const T* y = args.y + at;
   const E* eps_cond = args.eps_cond + at;
-  const T w = args.guidance_scale, s = args.sqrt_lam, a = args.a, b = args.b;
-  T* y_next = args.y_next != nullptr ? args.y_next + at : nullptr;
-  const bool draw = y_next != nullptr && args.noise == nullptr && args.seeds != nullptr;
-  float z[chunk_size];
-  if (draw) draw_normals<isa>(static_cast<uint64_t>(args.seeds[image]), args.step, offset / 4, length, z);
-  T x[chunk_size];
+  T eps[chunk_size], x[chunk_size], clean[chunk_size];
   if (args.eps_uncond != nullptr) {
     const E* eps_uncond = args.eps_uncond + at;
 #pragma omp simd
     for (int64_t i = 0; i < length; ++i) {
-      x[i] = prox(y[i], guide(static_cast<T>(widen(eps_cond[i])), static_cast<T>(widen(eps_uncond[i])), w), s);
+      eps[i] = guide(static_cast<T>(widen(eps_cond[i])), static_cast<T>(widen(eps_uncond[i])), row.guidance_scale);
     }
   } else {
 #pragma omp simd
-    for (int64_t i = 0; i < length; ++i) x[i] = prox(y[i], static_cast<T>(widen(eps_cond[i])), s);
+    for (int64_t i = 0; i < length; ++i) eps[i] = static_cast<T>(widen(eps_cond[i]));
   }
-  __builtin_memcpy(args.x + at, x, sizeof(T) * length);
-  if (y_next == nullptr) return;
-  if (args.noise != nullptr) {
-    renoise_chunk(x, args.noise + at, a, b, length, y_next);
-  } else if (draw) {
-    renoise_chunk(x, z, a, b, length, y_next);
+#pragma omp simd
+  for (int64_t i = 0; i < length; ++i) x[i] = prox(y[i], eps[i], row.sqrt_lam);
+  if (args.x != nullptr) __builtin_memcpy(args.x + at, x, sizeof(T) * length);
+  const bool remembers = args.clean != nullptr && args.y_next != nullptr;
+  if (args.clean_next != nullptr || remembers) {
+#pragma omp simd
+    for (int64_t i = 0; i < length; ++i) clean[i] = clean_image(y[i], eps[i], row.clean_y, row.clean_eps);
+    if (args.clean_next != nullptr) __builtin_memcpy(args.clean_next + at, clean, sizeof(T) * length);
+  }
+  if (args.y_next == nullptr) return;
+  T* y_next = args.y_next + at;
+  if (row.b == 0 || (args.noise == nullptr && args.seeds == nullptr)) {
+    for (int64_t i = 0; i < length; ++i) y_next[i] = row.a * x[i];
+  } else if (args.noise != nullptr) {
+    const T* z = args.noise + at;
+#pragma omp simd
+    for (int64_t i = 0; i < length; ++i) y_next[i] = renoise(x[i], z[i], row.a, row.b);
   } else {
-    for (int64_t i = 0; i < length; ++i) y_next[i] = a * x[i];
+    float z[chunk_size];
+    draw_normals<isa>(static_cast<uint64_t>(args.seeds[image]), row.draw, offset / 4, length, z);
+#pragma omp simd
+    for (int64_t i = 0; i < length; ++i) y_next[i] = renoise(x[i], static_cast<T>(z[i]), row.a, row.b);
   }
+  if (!remembers) return;
+  const T* before = args.clean + at;
+#pragma omp simd
+  for (int64_t i = 0; i < length; ++i) y_next[i] = remember(y_next[i], clean[i], before[i], row.memory);
 }
 
 struct NormalArgs {
@@ -125,19 +133,13 @@ void run_parallel(const Args& args) {
                               [&](int64_t begin, int64_t end) { run(args, begin, end); });
 }
 
-std::tuple<Tensor, Tensor> prox_step_cpu(const Tensor& y, const Tensor& eps_cond, const std::optional<Tensor>& eps_uncond,
-                                     const std::optional<Tensor>& noise, const std::optional<Tensor>& seeds, int64_t step,
-                                     double guidance_scale, double sqrt_lam, double a, double b) {
-  const StepTensors t = prepare(y, eps_cond, eps_uncond, noise, seeds, true, b);
-  dispatch(t, step, guidance_scale, sqrt_lam, a, b, [](const auto& args) { run_parallel(args); });
-  return {t.x, *t.y_next};
-}
-
-Tensor prox_cpu(const Tensor& y, const Tensor& eps_cond, const std::optional<Tensor>& eps_uncond, double guidance_scale,
-            double sqrt_lam) {
-  const StepTensors t = prepare(y, eps_cond, eps_uncond, std::nullopt, std::nullopt, false, 0.0);
-  dispatch(t, 0, guidance_scale, sqrt_lam, 1.0, 0.0, [](const auto& args) { run_parallel(args); });
-  return t.x;
+std::tuple<Tensor, Tensor, Tensor> prox_step_cpu(const Tensor& y, const Tensor& eps_cond, const std::optional<Tensor>& eps_uncond,
+                                                 const std::optional<Tensor>& clean, const std::optional<Tensor>& noise,
+                                                 const std::optional<Tensor>& seeds, const Tensor& coefficients, bool want_x,
+                                                 bool want_next, bool want_clean) {
+  const StepTensors t = prepare(y, eps_cond, eps_uncond, clean, noise, seeds, coefficients, want_x, want_next, want_clean);
+  dispatch(t, [](const auto& args) { run_parallel(args); });
+  return {t.x, t.y_next, t.clean_next};
 }
 
 Tensor philox_normal_cpu(const Tensor& seeds, int64_t step, int64_t count) {
@@ -155,6 +157,5 @@ Tensor philox_normal_cpu(const Tensor& seeds, int64_t step, int64_t count) {
 
 STABLE_TORCH_LIBRARY_IMPL(proxt2i, CPU, m) {
   m.impl("prox_step", TORCH_BOX(&proxt2i::prox_step_cpu));
-  m.impl("prox", TORCH_BOX(&proxt2i::prox_cpu));
   m.impl("philox_normal", TORCH_BOX(&proxt2i::philox_normal_cpu));
 }

@@ -12,7 +12,8 @@ namespace {
 constexpr int threads_per_block = 256;
 
 template <bool aligned, typename T, typename E>
-__device__ __forceinline__ void step4(const StepArgs<T, E>& args, int64_t image, int64_t block, uint64_t seed) {
+__device__ __forceinline__ void step4(const StepArgs<T, E>& args, const StepRow<T>& coefficients, int64_t image, int64_t block,
+                                      uint64_t seed) {
   const int64_t row = image * args.per_image;
   const int64_t first = 4 * block;
   const int64_t left = args.per_image - first;
@@ -23,26 +24,36 @@ __device__ __forceinline__ void step4(const StepArgs<T, E>& args, int64_t image,
   if (args.eps_uncond != nullptr) {
     const Vec4<E> eps_uncond = load4<aligned>(args.eps_uncond + row, first, count);
     for (int i = 0; i < 4; ++i) {
-      eps.v[i] = guide(static_cast<T>(widen(eps_cond.v[i])), static_cast<T>(widen(eps_uncond.v[i])), args.guidance_scale);
+      eps.v[i] = guide(static_cast<T>(widen(eps_cond.v[i])), static_cast<T>(widen(eps_uncond.v[i])), coefficients.guidance_scale);
     }
   } else {
     for (int i = 0; i < 4; ++i) eps.v[i] = static_cast<T>(widen(eps_cond.v[i]));
   }
   Vec4<T> x;
-  for (int i = 0; i < 4; ++i) x.v[i] = prox(y.v[i], eps.v[i], args.sqrt_lam);
-  store4<aligned>(args.x + row, first, count, x);
+  for (int i = 0; i < 4; ++i) x.v[i] = prox(y.v[i], eps.v[i], coefficients.sqrt_lam);
+  if (args.x != nullptr) store4<aligned>(args.x + row, first, count, x);
+  const bool remembers = args.clean != nullptr && args.y_next != nullptr;
+  Vec4<T> clean{};
+  if (args.clean_next != nullptr || remembers) {
+    for (int i = 0; i < 4; ++i) clean.v[i] = clean_image(y.v[i], eps.v[i], coefficients.clean_y, coefficients.clean_eps);
+    if (args.clean_next != nullptr) store4<aligned>(args.clean_next + row, first, count, clean);
+  }
   if (args.y_next == nullptr) return;
 
   Vec4<T> y_next;
-  if (args.noise != nullptr) {
+  if (coefficients.b == 0 || (args.noise == nullptr && args.seeds == nullptr)) {
+    for (int i = 0; i < 4; ++i) y_next.v[i] = coefficients.a * x.v[i];
+  } else if (args.noise != nullptr) {
     const Vec4<T> z = load4<aligned>(args.noise + row, first, count);
-    for (int i = 0; i < 4; ++i) y_next.v[i] = renoise(x.v[i], z.v[i], args.a, args.b);
-  } else if (args.seeds != nullptr) {
-    float z[4];
-    philox_normal4(seed, args.step, static_cast<uint64_t>(block), z[0], z[1], z[2], z[3]);
-    for (int i = 0; i < 4; ++i) y_next.v[i] = renoise(x.v[i], static_cast<T>(z[i]), args.a, args.b);
+    for (int i = 0; i < 4; ++i) y_next.v[i] = renoise(x.v[i], z.v[i], coefficients.a, coefficients.b);
   } else {
-    for (int i = 0; i < 4; ++i) y_next.v[i] = args.a * x.v[i];
+    float z[4];
+    philox_normal4(seed, coefficients.draw, static_cast<uint64_t>(block), z[0], z[1], z[2], z[3]);
+    for (int i = 0; i < 4; ++i) y_next.v[i] = renoise(x.v[i], static_cast<T>(z[i]), coefficients.a, coefficients.b);
+  }
+  if (remembers) {
+    const Vec4<T> before = load4<aligned>(args.clean + row, first, count);
+    for (int i = 0; i < 4; ++i) y_next.v[i] = remember(y_next.v[i], clean.v[i], before.v[i], coefficients.memory);
   }
   store4<aligned>(args.y_next + row, first, count, y_next);
 }
@@ -54,7 +65,8 @@ __global__ void __launch_bounds__(threads_per_block) prox_step_kernel(const Step
   const int64_t start = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x;
   for (int64_t image = blockIdx.y; image < args.num_images; image += gridDim.y) {
     const uint64_t seed = args.seeds != nullptr ? static_cast<uint64_t>(args.seeds[image]) : 0;
-    for (int64_t block = start; block < num_blocks; block += stride) step4<aligned>(args, image, block, seed);
+    const StepRow<T> coefficients = step_row(args, image);
+    for (int64_t block = start; block < num_blocks; block += stride) step4<aligned>(args, coefficients, image, block, seed);
   }
 }
 
@@ -84,8 +96,9 @@ dim3 grid_for(int64_t num_images, int64_t per_image) {
 template <typename T, typename E>
 void launch_step(const StepArgs<T, E>& args, cudaStream_t stream) {
   if (args.num_images * args.per_image == 0) return;
-  const bool aligned = args.per_image % 4 == 0 && is_aligned(args.y) && is_aligned(args.eps_cond) &&
-                       is_aligned(args.eps_uncond) && is_aligned(args.noise) && is_aligned(args.x) && is_aligned(args.y_next);
+  const bool aligned = args.per_image % 4 == 0 && is_aligned(args.y) && is_aligned(args.eps_cond) && is_aligned(args.eps_uncond) &&
+                       is_aligned(args.clean) && is_aligned(args.noise) && is_aligned(args.x) && is_aligned(args.y_next) &&
+                       is_aligned(args.clean_next);
   const dim3 grid = grid_for(args.num_images, args.per_image);
   if (aligned) {
     launch(prox_step_kernel<true, T, E>, grid, threads_per_block, 0, stream, args);
@@ -94,21 +107,14 @@ void launch_step(const StepArgs<T, E>& args, cudaStream_t stream) {
   }
 }
 
-std::tuple<Tensor, Tensor> prox_step_cuda(const Tensor& y, const Tensor& eps_cond, const std::optional<Tensor>& eps_uncond,
-                                          const std::optional<Tensor>& noise, const std::optional<Tensor>& seeds, int64_t step,
-                                          double guidance_scale, double sqrt_lam, double a, double b) {
+std::tuple<Tensor, Tensor, Tensor> prox_step_cuda(const Tensor& y, const Tensor& eps_cond, const std::optional<Tensor>& eps_uncond,
+                                                  const std::optional<Tensor>& clean, const std::optional<Tensor>& noise,
+                                                  const std::optional<Tensor>& seeds, const Tensor& coefficients, bool want_x,
+                                                  bool want_next, bool want_clean) {
   const OnDeviceOf device(y);
-  const StepTensors t = prepare(y, eps_cond, eps_uncond, noise, seeds, true, b);
-  dispatch(t, step, guidance_scale, sqrt_lam, a, b, [&](const auto& args) { launch_step(args, device.stream); });
-  return {t.x, *t.y_next};
-}
-
-Tensor prox_cuda(const Tensor& y, const Tensor& eps_cond, const std::optional<Tensor>& eps_uncond, double guidance_scale,
-                 double sqrt_lam) {
-  const OnDeviceOf device(y);
-  const StepTensors t = prepare(y, eps_cond, eps_uncond, std::nullopt, std::nullopt, false, 0.0);
-  dispatch(t, 0, guidance_scale, sqrt_lam, 1.0, 0.0, [&](const auto& args) { launch_step(args, device.stream); });
-  return t.x;
+  const StepTensors t = prepare(y, eps_cond, eps_uncond, clean, noise, seeds, coefficients, want_x, want_next, want_clean);
+  dispatch(t, [&](const auto& args) { launch_step(args, device.stream); });
+  return {t.x, t.y_next, t.clean_next};
 }
 
 Tensor philox_normal_cuda(const Tensor& seeds, int64_t step, int64_t count) {
@@ -134,6 +140,5 @@ Tensor philox_normal_cuda(const Tensor& seeds, int64_t step, int64_t count) {
 
 PROXT2I_CUDA_IMPL(m) {
   m.impl("prox_step", TORCH_BOX(&proxt2i::prox_step_cuda));
-  m.impl("prox", TORCH_BOX(&proxt2i::prox_cuda));
   m.impl("philox_normal", TORCH_BOX(&proxt2i::philox_normal_cuda));
 }

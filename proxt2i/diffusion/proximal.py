@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 import torch
 from torch import Tensor
 
-from ..ops import philox_normal, prox, prox_step
+from ..ops import coefficients, philox_normal, prox_step
 from .plan import Plan
 from .schedule import VPSchedule
 
@@ -38,37 +38,52 @@ def sample(
     callback(i, y, x): called after step i = 0, ..., N-1 with the prox's input y_{N-i} and its result x_{N-i-1}.
     impl, device: passed to the ops; the device of the state (default: that of seeds).
     """
-    for i, y, x in trajectory(eps_fn, plan, shape, seeds, guidance_scale=guidance_scale, impl=impl, device=device):
+    steps = trajectory(eps_fn, plan, shape, seeds, guidance_scale=guidance_scale, impl=impl, device=device, want_x=callback is not None)
+    for i, y, x in steps:
         if callback is not None:
             callback(i, y, x)
     return x
 
 
 def trajectory(eps_fn: EpsFn, plan: Plan, shape: Sequence[int], seeds: Tensor | Sequence[int], *,
-               guidance_scale: float | Sequence[float] = 1.0, impl: str | None = None,
-               device=None) -> Iterator[tuple[int, Tensor, Tensor]]:
-    """`sample`, step by step and with gradients: yields (i, y_{N-i}, x_{N-i-1}) for i = 0, ..., N-1."""
+               guidance_scale: float | Sequence[float] = 1.0, impl: str | None = None, device=None,
+               want_x: bool = True) -> Iterator[tuple[int, Tensor, Tensor | None]]:
+    """`sample`, step by step and with gradients: yields (i, y_{N-i}, x_{N-i-1}) for i = 0, ..., N-1.
+
+    want_x False: the x but the last, which the next step does not need, are None.
+    """
     seeds = as_seeds(seeds, device)
     shape = tuple(shape)
     y = plan.a[0] * philox_normal(seeds, 0, shape, impl=impl)
     if plan.b[0] != 0:
         y = y + plan.b[0] * philox_normal(seeds, 1, shape, impl=impl)
+    scales = per_step(guidance_scale, plan.num_steps)
+    rows = torch.tensor(step_rows(plan, scales), dtype=torch.float64, device=y.device)
+    memory = [*plan.m, 0.0, 0.0]  # of the next state, y_{N-i-1}, and of the one after it
     clean = None
-    for i, (t, lam, scale) in enumerate(zip(plan.t, plan.lam, per_step(guidance_scale, plan.num_steps))):
+    for i, (t, lam, scale) in enumerate(zip(plan.t, plan.lam, scales)):
         eps = evaluate(eps_fn, y, t, lam, scale)
-        combine = dict(guidance_scale=scale, impl=impl)
-        reach = plan.rho[i] * math.sqrt(lam)
-        if i + 1 == plan.num_steps:
-            yield i, y, prox(y, *eps, sqrt_lam=reach, **combine)
-        else:
-            a, b = plan.a[i + 1], plan.b[i + 1]
-            x, y_next = prox_step(y, *eps, sqrt_lam=reach, a=a, b=b, seeds=seeds, step=i + 2, **combine)
-            yield i, y, x
-            if any(plan.m[i + 1 :]):
-                clean, previous = clean_image(y, eps, t, lam, plan.schedule, **combine), clean
-                if plan.m[i + 1] != 0:
-                    y_next = y_next + plan.m[i + 1] * (clean - previous)
-            y = y_next
+        last = i + 1 == plan.num_steps
+        x, y_next, clean = prox_step(y, *eps, rows[i], clean=clean if memory[i + 1] else None, seeds=seeds, impl=impl,
+                                     want_x=want_x or last, want_next=not last, want_clean=memory[i + 2] != 0)
+        yield i, y, x
+        y = y_next
+
+
+def step_rows(plan: Plan, scales: Sequence[float]) -> list[list[float]]:
+    """The coefficients of the fused step (`ops.prox_step`) at each of the plan's steps, guided by `scales`.
+
+    The clean image that the prox at (t, lam) implies is D = (y - (1 - alpha_t + lam) / sqrt(lam) eps) / sqrt(alpha_t): E[x_0 | y]
+    when eps is E[n | y] (`matching.expected_noise`, solved for x_0).
+    """
+    rows = []
+    for i, (t, lam, scale) in enumerate(zip(plan.t, plan.lam, scales)):
+        to_next = {} if i + 1 == plan.num_steps else dict(a=plan.a[i + 1], b=plan.b[i + 1], memory=plan.m[i + 1])
+        clean_y = 1 / math.sqrt(plan.schedule.alpha(t))
+        clean_eps = clean_y * (plan.schedule.one_minus_alpha(t) + lam) / math.sqrt(lam)
+        rows.append(coefficients(plan.rho[i] * math.sqrt(lam), guidance_scale=scale, clean_y=clean_y, clean_eps=clean_eps,
+                                 draw=i + 2, **to_next))
+    return rows
 
 
 def guided(model: Callable, text: list[Tensor], null_text: list[Tensor] | None = None) -> EpsFn:
@@ -121,12 +136,6 @@ def per_step(guidance_scale: float | Sequence[float], num_steps: int) -> list[fl
     if len(guidance_scale) != num_steps:
         raise ValueError(f"{len(guidance_scale)} guidance scales for {num_steps} steps: give one number, or one a step")
     return list(guidance_scale)
-
-
-def clean_image(y: Tensor, eps: tuple[Tensor, Tensor | None], t: float, lam: float, schedule: VPSchedule, **options) -> Tensor:
-    """The x_0 that the prox at (t, lam) implies: E[x_0 | y] when eps is E[n | y] (`matching.expected_noise`, solved for x_0)."""
-    variance = schedule.one_minus_alpha(t) + lam
-    return prox(y, *eps, sqrt_lam=variance / math.sqrt(lam), **options) / math.sqrt(schedule.alpha(t))
 
 
 def as_seeds(seeds: Tensor | Sequence[int], device=None) -> Tensor:

@@ -2,6 +2,6 @@
 
 from proxt2i.ops.native import native_available
 from proxt2i.ops.philox import philox_normal
-from proxt2i.ops.prox_step import prox, prox_step
+from proxt2i.ops.prox_step import coefficients, prox_step
 
-__all__ = ["native_available", "philox_normal", "prox", "prox_step"]
+__all__ = ["coefficients", "native_available", "philox_normal", "prox_step"]

@@ -2,73 +2,115 @@
 
     eps = eps_uncond + w (eps_cond - eps_uncond)        guidance, linear in the prox
     x   = y - sqrt(lambda) eps                          x_{k-1} = prox(y_k)   (ProxDM's learned prox; ProxT2I)
-    y'  = a x + b z,  z ~ N(0, I)                       the state that the next prox sees
+    D   = c_y y - c_eps eps                             the clean image that the prox implies
+    y'  = a x + b z + m (D - D'),  z ~ N(0, I)          the state that the next prox sees; D' is D of the step before
 
-The native kernels (csrc/cpu, and csrc/cuda, which is *unverified*: compiled in CI, not yet run on a GPU) draw z inside the pass;
-`prox_step_ref` is the same in plain torch. Differentiable in y, eps_cond, eps_uncond and noise.
+The native kernels (csrc/cpu, and csrc/cuda, which is *unverified*: compiled and emulated in CI, not yet run on a GPU) draw z inside
+the pass; `prox_step_ref` is the same in plain torch. The numbers (w, sqrt(lambda), ...) are read from a float64 row in the memory of
+the device, so that one captured CUDA graph serves every row of a plan, and every image of a batch may be at a step of its own.
 """
+
+from collections.abc import Sequence
 
 import torch
 
 from proxt2i.ops.native import native_available, use_native
 from proxt2i.ops.philox import check_seeds, philox_normal, philox_normal_ref
 
-__all__ = ["native_available", "philox_normal", "prox", "prox_ref", "prox_step", "prox_step_ref"]
+__all__ = ["COEFFICIENTS", "coefficients", "native_available", "philox_normal", "prox_step", "prox_step_ref"]
 
 EPS_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+COEFFICIENTS = ("guidance_scale", "sqrt_lam", "a", "b", "clean_y", "clean_eps", "memory", "draw")  # columns, as in csrc/common/op.h
 
 
-def prox_step(y: torch.Tensor, eps_cond: torch.Tensor, eps_uncond: torch.Tensor | None, *, guidance_scale: float, sqrt_lam: float,
-              a: float, b: float, seeds: torch.Tensor | None = None, step: int = 0, noise: torch.Tensor | None = None,
-              impl: str | None = None) -> tuple[torch.Tensor, torch.Tensor]:
-    """One proximal step and the next state: (x, y_next), each [B, ...] in y's dtype and contiguous.
+def coefficients(sqrt_lam: float, *, guidance_scale: float = 1.0, a: float = 1.0, b: float = 0.0, clean_y: float = 0.0,
+                 clean_eps: float = 0.0, memory: float = 0.0, draw: int = 0) -> list[float]:
+    """The numbers of one step in the order of COEFFICIENTS (the module's w, sqrt(lambda), a, b, c_y, c_eps, m).
+
+    draw: which draw of the image z is, see philox_normal.
+    """
+    if draw < 0:
+        raise ValueError(f"draw must be >= 0, not {draw}")
+    return [float(guidance_scale), float(sqrt_lam), float(a), float(b), float(clean_y), float(clean_eps), float(memory), float(draw)]
+
+
+def prox_step(y: torch.Tensor, eps_cond: torch.Tensor, eps_uncond: torch.Tensor | None, row: torch.Tensor | Sequence[float], *,
+              clean: torch.Tensor | None = None, noise: torch.Tensor | None = None, seeds: torch.Tensor | None = None,
+              want_x: bool = True, want_next: bool = True, want_clean: bool = False,
+              impl: str | None = None) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
+    """One proximal step: (x, y', D), each [B, ...] in y's dtype and contiguous, or None where it is not wanted (and costs nothing).
 
     y: float32 or float64 [B, ...].  eps_cond, eps_uncond: same shape; float32, float64, bfloat16 or float16; computed in y's dtype.
-    eps_uncond None: eps = eps_cond and guidance_scale is not used.  z is `noise` (y's shape) if given, else
-    philox_normal(seeds, step); b == 0 draws nothing.  ValueError, before any work, for tensors that do not fit together.
+    eps_uncond None: eps = eps_cond and guidance_scale is not used.  row: `coefficients`, float64 [8], or [B, 8] with one row an
+    image.  clean: D', y's shape; None: no memory.  z is `noise` (y's shape) if given, else philox_normal(seeds, draw); an image
+    with b == 0 draws nothing.  Differentiable in y, eps_cond, eps_uncond, clean and noise.
+    ValueError, before any work, for tensors that do not fit together.
     """
     eps_cond, eps_uncond = _prepare_eps(y, eps_cond, eps_uncond)
-    if b == 0:
-        seeds = noise = None
-    elif noise is not None:
+    if not isinstance(row, torch.Tensor):
+        row = torch.tensor(row, dtype=torch.float64, device=y.device)
+    _check_row(y, row)
+    if clean is not None:
+        _check_like(y, clean, "clean")
+        clean = clean.to(y.dtype)
+    if noise is not None:
         _check_like(y, noise, "noise")
         noise, seeds = noise.to(y.dtype), None
-    elif seeds is None:
-        raise ValueError("b != 0 needs noise or seeds")
-    else:
-        check_seeds(seeds, step)
+    elif seeds is not None:
+        check_seeds(seeds, 0)
         if seeds.shape[0] != y.shape[0] or seeds.device != y.device:
             raise ValueError(f"seeds must hold one entry for each of y's {y.shape[0]} images, on {y.device}; "
                              f"got {seeds.shape[0]} on {seeds.device}")
-    args = (y, eps_cond, eps_uncond, noise, seeds, int(step), float(guidance_scale), float(sqrt_lam), float(a), float(b))
-    return torch.ops.proxt2i.prox_step(*args) if use_native(impl, y.device) else prox_step_ref(*args)
+    elif want_next and row.device.type == "cpu" and row[..., COEFFICIENTS.index("b")].any():  # elsewhere reading it would wait
+        raise ValueError("b != 0 needs noise or seeds")
+    args = (y, eps_cond, eps_uncond, clean, noise, seeds, row, want_x, want_next, want_clean)
+    outputs = torch.ops.proxt2i.prox_step(*args) if use_native(impl, y.device) else prox_step_ref(*args)
+    return tuple(value if wanted else None for value, wanted in zip(outputs, args[-3:]))
 
 
-def prox(y: torch.Tensor, eps_cond: torch.Tensor, eps_uncond: torch.Tensor | None, *, guidance_scale: float, sqrt_lam: float,
-         impl: str | None = None) -> torch.Tensor:
-    """The prox alone, for the last step: x [B, ...] in y's dtype. Arguments and errors as of prox_step."""
-    eps_cond, eps_uncond = _prepare_eps(y, eps_cond, eps_uncond)
-    args = (y, eps_cond, eps_uncond, float(guidance_scale), float(sqrt_lam))
-    return torch.ops.proxt2i.prox(*args) if use_native(impl, y.device) else prox_ref(*args)
-
-
-def prox_ref(y, eps_cond, eps_uncond, guidance_scale, sqrt_lam):
-    """Plain-torch reference of the op proxt2i::prox."""
+def prox_step_ref(y, eps_cond, eps_uncond, clean, noise, seeds, row, want_x, want_next, want_clean):
+    """Plain-torch reference of the op proxt2i::prox_step."""
+    w, sqrt_lam, a, b, clean_y, clean_eps, memory = _columns(row, y)
     eps = eps_cond.to(y.dtype)
     if eps_uncond is not None:
         eps_uncond = eps_uncond.to(y.dtype)
-        eps = eps_uncond + guidance_scale * (eps - eps_uncond)
-    return (y - sqrt_lam * eps).contiguous()
+        eps = eps_uncond + w * (eps - eps_uncond)
+    x = y - sqrt_lam * eps
+    y_next = a * x
+    if noise is None and seeds is not None:
+        noise = _draw(y, seeds, row)
+    if noise is not None:
+        y_next = torch.where(b == 0, y_next, y_next + b * noise)
+    clean_next = clean_y * y - clean_eps * eps
+    if clean is not None:
+        y_next = y_next + memory * (clean_next - clean)
+    nothing = y.new_empty(0)
+    return tuple(value.contiguous() if wanted else nothing
+                 for value, wanted in ((x, want_x), (y_next, want_next), (clean_next, want_clean)))
 
 
-def prox_step_ref(y, eps_cond, eps_uncond, noise, seeds, step, guidance_scale, sqrt_lam, a, b):
-    """Plain-torch reference of the op proxt2i::prox_step."""
-    x = prox_ref(y, eps_cond, eps_uncond, guidance_scale, sqrt_lam)
-    if b == 0:
-        return x, a * x
-    if noise is None:
-        noise = philox_normal_ref(seeds, step, y[0].numel() if y.shape[0] else 0).reshape(y.shape).to(y.dtype)
-    return x, a * x + b * noise
+def _columns(row, y):
+    """The coefficients but for `draw`, each in y's dtype and ready to multiply y."""
+    return [column.to(y.dtype).reshape(-1, *[1] * (y.dim() - 1)) for column in row[..., :-1].unbind(-1)]
+
+
+def _draw(y, seeds, row):
+    """z of every image, in y's dtype; images at different steps have different draws."""
+    count, draws = y[0].numel() if y.shape[0] else 0, row[..., -1].long()
+    if draws.dim() == 0:
+        z = philox_normal_ref(seeds, int(draws), count)
+    else:
+        each = [philox_normal_ref(seeds[i : i + 1], draw, count) for i, draw in enumerate(draws.tolist())]
+        z = torch.cat(each) if each else y.new_empty(0, count)
+    return z.reshape(y.shape).to(y.dtype)
+
+
+def _check_row(y, row):
+    if row.dtype != torch.float64 or row.device != y.device:
+        raise ValueError(f"coefficients must be float64 on {y.device}, not {row.dtype} on {row.device}")
+    if tuple(row.shape) not in ((len(COEFFICIENTS),), (y.shape[0], len(COEFFICIENTS))):
+        raise ValueError(f"coefficients must have shape [{len(COEFFICIENTS)}] or [{y.shape[0]}, {len(COEFFICIENTS)}], "
+                         f"not {list(row.shape)}")
 
 
 def _check_like(y, tensor, name):
@@ -96,34 +138,23 @@ def _prepare_eps(y, eps_cond, eps_uncond):
 if native_available():
 
     @torch.library.register_fake("proxt2i::prox_step")
-    def _(y, eps_cond, eps_uncond, noise, seeds, step, guidance_scale, sqrt_lam, a, b):
-        return y.new_empty(y.shape), y.new_empty(y.shape)
+    def _(y, eps_cond, eps_uncond, clean, noise, seeds, row, want_x, want_next, want_clean):
+        return tuple(y.new_empty(y.shape if wanted else 0) for wanted in (want_x, want_next, want_clean))
 
-    @torch.library.register_fake("proxt2i::prox")
-    def _(y, eps_cond, eps_uncond, guidance_scale, sqrt_lam):
-        return y.new_empty(y.shape)
+    def _setup(ctx, inputs, output):
+        _, eps_cond, eps_uncond, clean, noise, _, row, *ctx.wanted = inputs
+        ctx.save_for_backward(row)
+        ctx.eps_dtype, ctx.guided, ctx.remembers, ctx.noisy = eps_cond.dtype, eps_uncond is not None, clean is not None, noise is not None
 
-    def _eps_gradients(grad_x, eps_dtype, guided, guidance_scale, sqrt_lam):
-        """d x / d eps_cond and d eps_uncond, applied to grad_x."""
-        if not guided:
-            return (-sqrt_lam * grad_x).to(eps_dtype), None
-        return (-sqrt_lam * guidance_scale * grad_x).to(eps_dtype), (-sqrt_lam * (1 - guidance_scale) * grad_x).to(eps_dtype)
+    def _backward(ctx, *grads):
+        like = next(grad for grad, wanted in zip(grads, ctx.wanted) if wanted)
+        w, sqrt_lam, a, b, clean_y, clean_eps, memory = _columns(*ctx.saved_tensors, like)
+        grad_x, grad_next, grad_clean = (grad if wanted else torch.zeros_like(like) for grad, wanted in zip(grads, ctx.wanted))
+        through_x = grad_x + a * grad_next
+        through_clean = grad_clean + memory * grad_next if ctx.remembers else grad_clean
+        grad_y, grad_eps = through_x + clean_y * through_clean, -sqrt_lam * through_x - clean_eps * through_clean
+        return (grad_y, *((scale * grad_eps).to(ctx.eps_dtype) for scale in ((w, 1 - w) if ctx.guided else (1,))),
+                *[None] * (not ctx.guided), -memory * grad_next if ctx.remembers else None, b * grad_next if ctx.noisy else None,
+                *[None] * 5)
 
-    def _setup_step(ctx, inputs, output):
-        _, eps_cond, eps_uncond, noise, _, _, ctx.guidance_scale, ctx.sqrt_lam, ctx.a, ctx.b = inputs
-        ctx.eps_dtype, ctx.guided, ctx.noisy = eps_cond.dtype, eps_uncond is not None, noise is not None
-
-    def _backward_step(ctx, grad_x, grad_next):
-        total = grad_x + ctx.a * grad_next
-        grads = _eps_gradients(total, ctx.eps_dtype, ctx.guided, ctx.guidance_scale, ctx.sqrt_lam)
-        return (total, *grads, ctx.b * grad_next if ctx.noisy else None, *[None] * 6)
-
-    def _setup_prox(ctx, inputs, output):
-        _, eps_cond, eps_uncond, ctx.guidance_scale, ctx.sqrt_lam = inputs
-        ctx.eps_dtype, ctx.guided = eps_cond.dtype, eps_uncond is not None
-
-    def _backward_prox(ctx, grad_x):
-        return (grad_x, *_eps_gradients(grad_x, ctx.eps_dtype, ctx.guided, ctx.guidance_scale, ctx.sqrt_lam), None, None)
-
-    torch.library.register_autograd("proxt2i::prox_step", _backward_step, setup_context=_setup_step)
-    torch.library.register_autograd("proxt2i::prox", _backward_prox, setup_context=_setup_prox)
+    torch.library.register_autograd("proxt2i::prox_step", _backward, setup_context=_setup)
