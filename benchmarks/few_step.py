@@ -2,7 +2,8 @@
 
     python benchmarks/few_step.py [--config benchmarks/few_step.yaml] [key=value ...]
 
-1. Trains the score network if none is given: the run of the proximal network (backbone, data order, images) with another objective.
+1. Trains the two score networks that are not given: the run of the proximal network (backbone, data order, images) with another
+   objective; one on all times, as usual, one on the noise levels of the proximal pairs alone.
 2. Chooses for every sampler and step count the time grid, then guidance, that give the smallest Fréchet distance on `search_prompts` pictures.
 3. Draws `prompts` pictures with each of `seeds` other seeds, and prints for every sampler and step count
      FD         Fréchet distance to real pictures after the VAE, which all samplers share (search uses this one)
@@ -53,7 +54,9 @@ class Config:
 
     prox: str | None
     score: str | None
+    pairs: str | None
     train: list[str]
+    train_pairs: list[str]
     shards: str | None
     clip: str | None
     out: str
@@ -83,6 +86,15 @@ class Cell:
     seed: int
 
 
+def network(sampler: str) -> str:
+    """prox, score or pairs: the weights that the sampler runs on."""
+    return SAMPLERS[sampler].network.split()[0]
+
+
+def networks(config: Config) -> set[str]:
+    return {network(name) for name in config.samplers}
+
+
 # ---- drawing one cell, in a worker process ---------------------------------------------------------------------------
 
 _worker = None
@@ -92,7 +104,8 @@ class Worker:
     def __init__(self, config: Config):
         torch.set_num_threads(1 if config.device == "cpu" else torch.get_num_threads())
         self.config, self.out = config, Path(config.out)
-        self.bundles = {"prox": load_bundle(config.prox or SHIPPED_MODEL, config.device), "score": load_bundle(config.score, config.device)}
+        folders = {"prox": config.prox or SHIPPED_MODEL, "score": config.score, "pairs": config.pairs}
+        self.bundles = {name: load_bundle(folders[name], config.device) for name in networks(config) | {"prox"}}
         bundle = self.bundles["prox"]
         if config.shards:
             size = bundle.uvit.config.sample_size * bundle.codec.factor
@@ -104,13 +117,13 @@ class Worker:
         self.digests = {name: weights_digest(b.uvit)[:12] for name, b in self.bundles.items()}
 
     def path(self, cell: Cell) -> Path:
-        """Where the cell is kept: its settings and the networks decide the name."""
-        about = {**asdict(cell), **self.digests, "measure": [self.config.shards, self.config.clip]}
+        """Where the cell is kept: its settings and its network decide the name."""
+        about = {**asdict(cell), "network": self.digests[network(cell.sampler)], "measure": [self.config.shards, self.config.clip]}
         return self.out / "cells" / f"{cell.sampler.replace(' ', '-')}-{cell.nfe}-{hashlib.sha256(json.dumps(about).encode()).hexdigest()[:16]}.npz"
 
     @torch.no_grad()
     def __call__(self, cell: Cell) -> None:
-        sampler, bundle = SAMPLERS[cell.sampler], self.bundles[SAMPLERS[cell.sampler].network.split()[0]]
+        sampler, bundle = SAMPLERS[cell.sampler], self.bundles[network(cell.sampler)]
         scales = guidance_scales(query_times(sampler, cell.nfe, cell.grid, self.schedule), cell.scale, cell.below)
         shape = (bundle.uvit.config.in_channels, *[bundle.uvit.config.sample_size] * 2)
         features, right = [], []
@@ -227,11 +240,10 @@ def summary(values: list[float]) -> dict:
     return {"mean": values.mean(), "low": low, "high": high, "values": values.tolist()}
 
 
-def train_score(config: Config) -> str:
-    """The score network's model folder; trained (or trained on, after an interruption) if it is not there yet."""
-    run = Path(config.out) / "score-run"
+def train(run: Path, overrides: list[str]) -> str:
+    """A score network's model folder; trained (or trained on, after an interruption) if it is not there yet."""
     if not (run / "model").is_dir():
-        command = ["deepspeed", "proxt2i/train.py", "--deepspeed", "configs/zero2.json", f"train.run_dir={run.resolve()}", *config.train]
+        command = ["deepspeed", "proxt2i/train.py", "--deepspeed", "configs/zero2.json", f"train.run_dir={run.resolve()}", *overrides]
         subprocess.run([*command, *["--resume"] * run.is_dir()], cwd=ROOT, check=True)
     return str(run / "model")
 
@@ -252,7 +264,10 @@ def main() -> None:
         parser.error(f"unknown samplers {unknown}; valid: {', '.join(SAMPLERS)}" if unknown else "real data needs both shards and clip")
     if config.search_prompts > config.prompts:
         parser.error("search_prompts must not exceed prompts")
-    config.score = config.score or train_score(config)
+    if "score" in networks(config):
+        config.score = config.score or train(Path(config.out) / "score-run", config.train)
+    if "pairs" in networks(config):
+        config.pairs = config.pairs or train(Path(config.out) / "pairs-run", config.train_pairs)
     try:
         bench = Bench(config)
     except (ValueError, OSError) as error:

@@ -40,7 +40,7 @@ def plot(rows: list[dict], path: Path) -> None:
     figure, axes = plt.subplots(1, 2, figsize=(11, 4.5), layout="constrained")
     for name in dict.fromkeys(r["sampler"] for r in rows):
         mine = sorted((r for r in rows if r["sampler"] == name), key=lambda r: r["nfe"])
-        style = {"prox": "-o", "score": "--s", "prox as score": ":^", "score as prox": "-.v"}[mine[0]["network"]]
+        style = {"prox": "-o", "score": "--s", "prox as score": ":^", "score as prox": "-.v", "pairs": "--d"}[mine[0]["network"]]
         nfe, means = [r["nfe"] for r in mine], [r["fd"]["mean"] for r in mine]
         errors = [[m - r["fd"]["low"] for m, r in zip(means, mine)], [r["fd"]["high"] - m for m, r in zip(means, mine)]]
         for ax in axes:

@@ -36,9 +36,10 @@ GRIDS = {
 
 @dataclass(frozen=True)
 class Sampler:
-    """network: "prox", "score", "score as prox" (a plan whose pairs the prox network was not trained on runs on the score network
-    through the exact equivalence, score.prox_from_eps) or "prox as score" (the other way round: a score sampler on the prox network,
-    at the noise levels of the pairs it was trained on). grids: to choose from. contender: worth all the seeds."""
+    """network: "prox", "score", "pairs" (a score network that was trained on the noise levels of the prox's pairs, and is asked there),
+    "score as prox" (a plan whose pairs the prox network was not trained on runs on the score network through the exact equivalence,
+    score.prox_from_eps) or "prox as score" (the other way round: a score sampler on the prox network, at the noise levels of its
+    pairs). grids: to choose from. contender: worth all the seeds."""
 
     name: str
     network: str
@@ -62,6 +63,11 @@ SAMPLERS = {s.name: s for s in (
     Sampler("ddpm on prox", "prox as score", options=(("eta", 1.0), ("extrapolation", 0.0))),
     Sampler("dpm++2m on prox", "prox as score", options=(("eta", 0.0), ("extrapolation", 1.0))),
     Sampler("unipc on prox", "prox as score"),
+    Sampler("ddim on pairs", "pairs", options=(("eta", 0.0), ("extrapolation", 0.0))),
+    Sampler("ddpm on pairs", "pairs", options=(("eta", 1.0), ("extrapolation", 0.0))),
+    Sampler("dpm++2m on pairs", "pairs", options=(("eta", 0.0), ("extrapolation", 1.0))),
+    Sampler("sde-dpm++2m on pairs", "pairs"),
+    Sampler("unipc on pairs", "pairs"),
     Sampler("hybrid", "prox"),
     Sampler("backward", "score as prox", min_steps=10, contender=False, guided_parts=False),
     Sampler("variance_preserving", "score as prox", contender=False, guided_parts=False),
@@ -75,9 +81,10 @@ def draw(sampler: Sampler, eps_fn, num_steps: int, grid: str, shape, seeds, guid
     times = GRIDS[grid](num_steps, schedule)
     if sampler.network != "score":
         plan = _prox_plan(sampler, num_steps, times, schedule)
-        if sampler.name == "unipc on prox":
-            return _diffusers("unipc", _score_of_pairs(eps_fn, plan), (0.0, *reversed(plan.tau)), shape, seeds, guidance_scale, schedule)
-        eps_fn = prox_from_eps(eps_fn, schedule) if sampler.network == "score as prox" else eps_fn
+        if sampler.name.startswith("unipc"):
+            eps_fn = eps_fn if sampler.network == "pairs" else _score_of_pairs(eps_fn, plan)
+            return _diffusers("unipc", eps_fn, (0.0, *reversed(plan.tau)), shape, seeds, guidance_scale, schedule)
+        eps_fn = prox_from_eps(eps_fn, schedule) if sampler.network in ("pairs", "score as prox") else eps_fn
         return sample(eps_fn, plan, shape, seeds, guidance_scale=guidance_scale)
     if sampler.name in ("dpm++2m", "sde-dpm++2m", "unipc"):
         return _diffusers(sampler.name, eps_fn, times, shape, seeds, guidance_scale, schedule)
@@ -96,7 +103,7 @@ def query_times(sampler: Sampler, num_steps: int, grid: str, schedule: VPSchedul
 
 
 def _prox_plan(sampler: Sampler, num_steps: int, times, schedule: VPSchedule):
-    name = "relaxed" if sampler.network == "prox as score" else sampler.name
+    name = "relaxed" if sampler.network in ("pairs", "prox as score") else sampler.name
     return make_plan(name, num_steps, schedule, times, **dict(sampler.options))
 
 

@@ -8,6 +8,9 @@ void define_ops(Library& m) {
   m.def(
       "prox_step(Tensor y, Tensor eps_cond, Tensor? eps_uncond, Tensor? clean, Tensor? noise, Tensor? seeds, Tensor coefficients, "
       "bool want_x, bool want_next, bool want_clean) -> (Tensor, Tensor, Tensor)");
+  m.def("attention_forward(Tensor qkv, Tensor? key_lengths, int num_queries, float scale) -> (Tensor, Tensor)");
+  m.def(
+      "attention_backward(Tensor grad_out, Tensor qkv, Tensor out, Tensor lse, Tensor? key_lengths, float scale) -> Tensor");
   m.def("philox_normal(Tensor seeds, int step, int count) -> Tensor");
 }
 

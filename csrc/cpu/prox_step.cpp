@@ -34,9 +34,19 @@ PROXT2I_INLINE void draw_normals(uint64_t seed, uint64_t step, uint64_t first_bl
   }
 }
 
+// Asks for the cache lines of the chunk after this one, so that they arrive while this one's noise is computed.
+template <typename T>
+PROXT2I_INLINE void prefetch_next(const T* chunk) {
+  for (int64_t i = 0; i < chunk_size; i += 64 / sizeof(T)) __builtin_prefetch(chunk + chunk_size + i);
+}
+
 template <Isa isa, typename T, typename E>
 PROXT2I_INLINE void step_chunk(const StepArgs<T, E>& args, int64_t image, int64_t offset, int64_t length) {
   const int64_t at = image * args.per_image + offset;
+  prefetch_next(args.y + at);
+  prefetch_next(args.eps_cond + at);
+  if (args.eps_uncond != nullptr) prefetch_next(args.eps_uncond + at);
+  if (args.y_next != nullptr) prefetch_next(args.y_next + at);
   const StepRow<T> row = step_row(args, image);
   const T* y = args.y + at;
   const E* eps_cond = args.eps_cond + at;

@@ -1,0 +1,219 @@
+// Attention, backward: with P = exp(scale q k^T - lse) recomputed tile by tile,
+//     dV = P^T dO      dP = dO V^T      dS = P (dP - delta), delta = sum(dO * O)      dQ = scale dS K      dK = scale dS^T Q
+// One kernel makes dQ, a block for 64 queries, another dK and dV, a block for 64 keys. P is computed twice (seven products instead of five),
+// but nothing is added up across blocks: no atomics, so that the gradient is the same to the bit every time, and no fp32 copy of it.
+// *Unverified*: compiled and emulated in CI, not yet run on a GPU.
+#include <cmath>
+
+#include "attention.cuh"
+
+namespace proxt2i {
+namespace {
+
+// ---- delta ----------------------------------------------------------------------------------------------------------------
+
+constexpr int delta_lanes = 16;  // a row's D / 8 units of 16 bytes
+
+template <typename T, int D>
+__global__ void __launch_bounds__(attention_threads) attention_delta_kernel(const AttentionArgs<T> args) {
+  const AttentionHead<T, D> head(args);
+  const int row = static_cast<int>(blockIdx.x * (attention_threads / delta_lanes) + threadIdx.x / delta_lanes);
+  const int unit = static_cast<int>(threadIdx.x % delta_lanes);
+  float sum = 0;
+  if (row < args.queries && unit < D / 8) {
+    const int64_t at = head.out_offset + row * head.out_pitch + 8 * unit;
+    const uint4 words[2] = {*reinterpret_cast<const uint4*>(args.out + at), *reinterpret_cast<const uint4*>(args.grad_out + at)};
+    const T *out = reinterpret_cast<const T*>(&words[0]), *grad = reinterpret_cast<const T*>(&words[1]);
+#pragma unroll
+    for (int i = 0; i < 8; ++i) sum = fma(widen(out[i]), widen(grad[i]), sum);
+  }
+#pragma unroll
+  for (int offset = delta_lanes / 2; offset > 0; offset /= 2) sum += __shfl_xor_sync(0xFFFFFFFFu, sum, offset);
+  if (unit == 0 && row < args.queries) args.delta[head.lse_offset + row] = sum;
+}
+
+// ---- dQ -------------------------------------------------------------------------------------------------------------------
+
+// Rows of the tiles that a block goes through: fewer where 16 x D accumulators take most of the registers.
+template <int D>
+constexpr int tile_rows = D > 96 ? 32 : 64;
+
+template <int D>
+constexpr size_t dq_shared_bytes = sizeof(uint16_t) * (2 * tile_size<D, block_rows> + 4 * tile_size<D, tile_rows<D>>);
+
+template <typename T, int D>
+__global__ void __launch_bounds__(attention_threads, 2) attention_dq_kernel(const AttentionArgs<T> args) {
+  constexpr int tile_keys = tile_rows<D>;
+  const AttentionHead<T, D> head(args);
+  T* const q_tile = reinterpret_cast<T*>(dynamic_shared());
+  T* const grad_tile = q_tile + tile_size<D, block_rows>;
+  T* const k_tiles = grad_tile + tile_size<D, block_rows>;
+  T* const v_tiles = k_tiles + 2 * tile_size<D, tile_keys>;
+  const int lane = lane_id(), first_query = static_cast<int>(blockIdx.x) * block_rows;
+  const int warp_row = static_cast<int>(threadIdx.x / 32) * 16, first_row = first_query + warp_row;
+  T* const q_rows = q_tile + warp_row * tile_stride<D>;
+  const T* const grad_rows = grad_tile + warp_row * tile_stride<D>;
+
+  const auto load_keys = [&](int tile) {
+    const int at = (tile % 2) * tile_size<D, tile_keys>;
+    load_tile<D, tile_keys, attention_threads>(k_tiles + at, head.k, head.pitch, tile * tile_keys, head.keys);
+    load_tile<D, tile_keys, attention_threads>(v_tiles + at, head.v, head.pitch, tile * tile_keys, head.keys);
+    cp_async_commit();
+  };
+  const int num_tiles = (head.keys + tile_keys - 1) / tile_keys;
+  load_tile<D, block_rows, attention_threads>(q_tile, head.q, head.pitch, first_query, args.queries);
+  load_tile<D, block_rows, attention_threads>(grad_tile, args.grad_out + head.out_offset, head.out_pitch, first_query, args.queries);
+  load_keys(0);
+
+  float lse[2] = {INFINITY, INFINITY}, delta[2] = {};  // rows beyond the last query: P = 0
+#pragma unroll
+  for (int half = 0; half < 2; ++half) {
+    const int row = first_row + lane / 4 + 8 * half;
+    if (row < args.queries) {
+      lse[half] = args.lse[head.lse_offset + row] * log2_e;
+      delta[half] = args.delta[head.lse_offset + row];
+    }
+  }
+  float dq[D / 8][4] = {};
+  const float scale = args.scale * log2_e;
+  for (int tile = 0; tile < num_tiles; ++tile) {
+    cp_async_wait<0>();
+    __syncthreads();
+    if (tile + 1 < num_tiles) load_keys(tile + 1);
+    const T* const k = k_tiles + (tile % 2) * tile_size<D, tile_keys>;
+    const T* const v = v_tiles + (tile % 2) * tile_size<D, tile_keys>;
+
+    float s[tile_keys / 8][4] = {}, dp[tile_keys / 8][4] = {};
+    multiply_transposed<T, D, tile_keys>(s, SharedRows16<D, T>{q_rows}, k);
+    multiply_transposed<T, D, tile_keys>(dp, SharedRows16<D, T>{grad_rows}, v);
+    const int left = head.keys - tile * tile_keys;
+#pragma unroll
+    for (int n = 0; n < tile_keys / 8; ++n) {
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        const bool attended = 8 * n + 2 * (lane % 4) + i % 2 < left;
+        s[n][i] = attended ? exp2f(fma(s[n][i], scale, -lse[i / 2])) * (dp[n][i] - delta[i / 2]) : 0.0f;
+      }
+    }
+    multiply<T, D, tile_keys>(dq, round_to<T, tile_keys>(s), k);
+  }
+  cp_async_wait<0>();
+  __syncthreads();
+
+  const float factor[2] = {args.scale, args.scale};
+  store_rows16<D>(dq, factor, q_rows, args.grad_qkv + head.q_offset + first_row * head.pitch, head.pitch, args.queries - first_row);
+}
+
+// ---- dK and dV ------------------------------------------------------------------------------------------------------------
+
+template <int D>
+constexpr size_t dkv_shared_bytes = dq_shared_bytes<D> + sizeof(float) * 4 * tile_rows<D>;
+
+template <typename T, int D>
+__global__ void __launch_bounds__(attention_threads, 2) attention_dkv_kernel(const AttentionArgs<T> args) {
+  constexpr int rows = tile_rows<D>;
+  const AttentionHead<T, D> head(args);
+  T* const k_tile = reinterpret_cast<T*>(dynamic_shared());
+  T* const v_tile = k_tile + tile_size<D, block_rows>;
+  T* const q_tiles = v_tile + tile_size<D, block_rows>;
+  T* const grad_tiles = q_tiles + 2 * tile_size<D, rows>;
+  float* const lse_tiles = reinterpret_cast<float*>(grad_tiles + 2 * tile_size<D, rows>);
+  float* const delta_tiles = lse_tiles + 2 * rows;
+  const int lane = lane_id(), first_key = static_cast<int>(blockIdx.x) * block_rows;
+  const int warp_row = static_cast<int>(threadIdx.x / 32) * 16, first_row = first_key + warp_row;
+  T* const k_rows = k_tile + warp_row * tile_stride<D>;
+  T* const v_rows = v_tile + warp_row * tile_stride<D>;
+
+  const auto load_queries = [&](int tile) {
+    const int at = (tile % 2) * tile_size<D, rows>, first = tile * rows;
+    load_tile<D, rows, attention_threads>(q_tiles + at, head.q, head.pitch, first, args.queries);
+    load_tile<D, rows, attention_threads>(grad_tiles + at, args.grad_out + head.out_offset, head.out_pitch, first, args.queries);
+    cp_async_commit();
+    const int i = static_cast<int>(threadIdx.x), row = first + i;
+    if (i < rows) {
+      const bool valid = row < args.queries;
+      lse_tiles[(tile % 2) * rows + i] = valid ? args.lse[head.lse_offset + row] * log2_e : INFINITY;
+      delta_tiles[(tile % 2) * rows + i] = valid ? args.delta[head.lse_offset + row] : 0.0f;
+    }
+  };
+  const int num_tiles = first_key < head.keys ? (args.queries + rows - 1) / rows : 0;  // keys that nobody attends to: zeros
+  load_tile<D, block_rows, attention_threads>(k_tile, head.k, head.pitch, first_key, head.keys);
+  load_tile<D, block_rows, attention_threads>(v_tile, head.v, head.pitch, first_key, head.keys);
+  load_queries(0);
+
+  float dk[D / 8][4] = {}, dv[D / 8][4] = {};
+  const float scale = args.scale * log2_e;
+  const bool attended[2] = {first_row + lane / 4 < head.keys, first_row + lane / 4 + 8 < head.keys};
+  for (int tile = 0; tile < num_tiles; ++tile) {
+    cp_async_wait<0>();
+    __syncthreads();
+    if (tile + 1 < num_tiles) load_queries(tile + 1);
+    const T* const q = q_tiles + (tile % 2) * tile_size<D, rows>;
+    const T* const grad = grad_tiles + (tile % 2) * tile_size<D, rows>;
+    const float* const lse = lse_tiles + (tile % 2) * rows + 2 * (lane % 4);
+    const float* const delta = delta_tiles + (tile % 2) * rows + 2 * (lane % 4);
+
+    float p[rows / 8][4] = {};  // transposed: a row is a key, a column a query
+    multiply_transposed<T, D, rows>(p, SharedRows16<D, T>{k_rows}, q);
+#pragma unroll
+    for (int n = 0; n < rows / 8; ++n) {
+#pragma unroll
+      for (int i = 0; i < 4; ++i) p[n][i] = attended[i / 2] ? exp2f(fma(p[n][i], scale, -lse[8 * n + i % 2])) : 0.0f;
+    }
+    multiply<T, D, rows>(dv, round_to<T, rows>(p), grad);
+    float dp[rows / 8][4] = {};
+    multiply_transposed<T, D, rows>(dp, SharedRows16<D, T>{v_rows}, grad);
+#pragma unroll
+    for (int n = 0; n < rows / 8; ++n) {
+#pragma unroll
+      for (int i = 0; i < 4; ++i) p[n][i] *= dp[n][i] - delta[8 * n + i % 2];
+    }
+    multiply<T, D, rows>(dk, round_to<T, rows>(p), q);
+  }
+  cp_async_wait<0>();
+  __syncthreads();
+
+  const float of_k[2] = {args.scale, args.scale}, of_v[2] = {1, 1};
+  const int left = args.tokens - first_row;
+  store_rows16<D>(dk, of_k, k_rows, args.grad_qkv + head.k_offset + first_row * head.pitch, head.pitch, left);
+  store_rows16<D>(dv, of_v, v_rows, args.grad_qkv + head.v_offset + first_row * head.pitch, head.pitch, left);
+}
+
+// ---- the operator ---------------------------------------------------------------------------------------------------------
+
+Tensor attention_backward(const Tensor& grad_out, const Tensor& qkv, const Tensor& out, const Tensor& lse,
+                          const std::optional<Tensor>& key_lengths, double scale) {
+  check_attention(qkv, key_lengths, out.size(1));
+  check_same_shape(out, grad_out, "grad_out");
+  STD_TORCH_CHECK(grad_out.scalar_type() == qkv.scalar_type() && out.scalar_type() == qkv.scalar_type() &&
+                      lse.scalar_type() == ScalarType::Float,
+                  "proxt2i: grad_out and out must have qkv's dtype, lse float32");
+  STD_TORCH_CHECK(out.is_contiguous() && lse.is_contiguous() && reinterpret_cast<uintptr_t>(out.const_data_ptr()) % 16 == 0,
+                  "proxt2i: out and lse must be as attention_forward made them");
+  const OnDeviceOf device(qkv);
+  const Tensor grad = torch::stable::contiguous(grad_out);
+  STD_TORCH_CHECK(reinterpret_cast<uintptr_t>(grad.const_data_ptr()) % 16 == 0, "proxt2i: grad_out must be 16-byte aligned");
+  Tensor grad_qkv = torch::stable::new_empty(qkv, qkv.sizes());
+  if (out.size(1) < qkv.size(1)) torch::stable::zero_(grad_qkv);  // tokens that do not ask
+  if (grad_qkv.numel() == 0 || out.size(1) == 0) return grad_qkv;
+  const int64_t lse_shape[] = {lse.size(0), lse.size(1), lse.size(2)};
+  const Tensor delta = torch::stable::new_empty(lse, {lse_shape, 3});
+  dispatch_attention(qkv, [&](auto type, auto dim) {
+    using T = decltype(type);
+    constexpr int D = decltype(dim)::value;
+    auto args = attention_args<T>(qkv, key_lengths, out, lse, scale);
+    args.grad_out = static_cast<const T*>(grad.const_data_ptr());
+    args.delta = static_cast<float*>(delta.mutable_data_ptr());
+    args.grad_qkv = static_cast<T*>(grad_qkv.mutable_data_ptr());
+    const auto grid = [&](int rows, int per_block) { return dim3((rows + per_block - 1) / per_block, args.heads, args.batch); };
+    launch(attention_delta_kernel<T, D>, grid(args.queries, attention_threads / delta_lanes), attention_threads, 0, device.stream, args);
+    launch(attention_dq_kernel<T, D>, grid(args.queries, block_rows), attention_threads, dq_shared_bytes<D>, device.stream, args);
+    launch(attention_dkv_kernel<T, D>, grid(args.tokens, block_rows), attention_threads, dkv_shared_bytes<D>, device.stream, args);
+  });
+  return grad_qkv;
+}
+
+}  // namespace
+}  // namespace proxt2i
+
+PROXT2I_CUDA_IMPL(m) { m.impl("attention_backward", TORCH_BOX(&proxt2i::attention_backward)); }

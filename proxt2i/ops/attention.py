@@ -1,0 +1,127 @@
+"""Attention on packed queries, keys and values, as the U-ViT's one projection makes them.
+
+    out = softmax(q k^T / sqrt(D)) v        for every image and head, over the first key_lengths[b] tokens
+
+Three implementations: `ref` (plain torch, exact in the input's dtype), `sdpa` (torch's scaled_dot_product_attention with whatever backend it
+picks) and `native` (csrc/cuda/attention_*.cu; bfloat16 and float16, heads of 64, 72 and 128; a head of 72 costs 72, where other kernels pad
+it to 96 or 128; *unverified*: compiled and emulated in CI, not yet run on a GPU). Which of the last two a shape gets is read from
+`attention_table.json`, written by benchmarks/attention.py from measurements; what it does not name is torch's.
+"""
+
+import functools
+import json
+import math
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+
+from proxt2i.ops.native import native_available
+
+TABLE = Path(__file__).with_name("attention_table.json")
+HEAD_DIMS = (64, 72, 128)
+HALVES = (torch.bfloat16, torch.float16)
+IMPLS = (None, "native", "sdpa", "ref")
+
+
+def attention(qkv: torch.Tensor, *, key_lengths: torch.Tensor | None = None, num_queries: int | None = None,
+              impl: str | None = None) -> torch.Tensor:
+    """qkv [B, N, 3, H, D] -> [B, M, H, D] in its dtype: the last M = num_queries of the N tokens ask (None: all), keys are all.
+
+    key_lengths: int64 [B]; only the first key_lengths[b] tokens of image b are attended to (None: all N). A length of 0 gives zeros.
+    impl: None picks the faster of "native" and "sdpa" by the table; a name insists.  Differentiable in qkv.
+    ValueError for a wrong shape, num_queries outside 0 ... N, or impl="native" for what the kernels do not take.
+    """
+    if qkv.dim() != 5 or qkv.shape[2] != 3:
+        raise ValueError(f"qkv must have shape [B, N, 3, H, D], not {list(qkv.shape)}")
+    batch, tokens = qkv.shape[:2]
+    num_queries = tokens if num_queries is None else num_queries
+    if not 0 <= num_queries <= tokens:
+        raise ValueError(f"num_queries={num_queries} must lie in 0 ... {tokens}, the number of tokens")
+    if key_lengths is not None and (key_lengths.dtype != torch.int64 or tuple(key_lengths.shape) != (batch,)):
+        raise ValueError(f"key_lengths must be int64 [{batch}], not {key_lengths.dtype} {list(key_lengths.shape)}")
+    if impl not in IMPLS:
+        raise ValueError(f"impl must be one of {IMPLS}, not {impl!r}")
+    impl = impl or preferred(qkv, num_queries)
+    if impl == "native":
+        problem = why_not_native(qkv)
+        if problem:
+            raise ValueError(f"impl='native': {problem}")
+        return torch.ops.proxt2i.attention_forward(qkv.contiguous(), key_lengths, num_queries, qkv.shape[-1] ** -0.5)[0]
+    return (attention_ref if impl == "ref" else _sdpa)(qkv, key_lengths, num_queries)
+
+
+def attention_ref(qkv, key_lengths, num_queries):
+    """The definition, product by product."""
+    q, k, v = _heads(qkv, num_queries)
+    scores = (q @ k.transpose(-1, -2)) / math.sqrt(qkv.shape[-1])
+    if key_lengths is not None:
+        scores = scores.masked_fill(~_attended(qkv, key_lengths), -math.inf)
+    return (scores.softmax(-1).nan_to_num(0.0) @ v).transpose(1, 2)
+
+
+def _sdpa(qkv, key_lengths, num_queries):
+    q, k, v = _heads(qkv, num_queries)
+    mask = None if key_lengths is None else _attended(qkv, key_lengths)
+    out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+    if key_lengths is not None:
+        out = out.masked_fill((key_lengths == 0)[:, None, None, None], 0.0)
+    return out.transpose(1, 2)
+
+
+def _heads(qkv, num_queries):
+    """Three [B, H, tokens, D]."""
+    q, k, v = (part.transpose(1, 2) for part in qkv.unbind(2))
+    return q[:, :, q.shape[2] - num_queries :], k, v
+
+
+def _attended(qkv, key_lengths):
+    return (torch.arange(qkv.shape[1], device=qkv.device) < key_lengths[:, None])[:, None, None]
+
+
+def why_not_native(qkv: torch.Tensor) -> str | None:
+    """What keeps the native kernels from this input, or None."""
+    if qkv.device.type != "cuda" or not native_available("cuda"):
+        return "the native kernels are for CUDA, in an extension built with nvcc"
+    if qkv.dtype not in HALVES or qkv.shape[-1] not in HEAD_DIMS:
+        return f"the native kernels take bfloat16 or float16 and heads of {HEAD_DIMS}, not {qkv.dtype} and {qkv.shape[-1]}"
+    return None
+
+
+def preferred(qkv: torch.Tensor, num_queries: int) -> str:
+    """"native" where the table says that it was faster on this kind of GPU at the nearest measured number of tokens, else "sdpa"."""
+    if qkv.device.type != "cuda" or why_not_native(qkv):
+        return "sdpa"
+    rows = _table().get(torch.cuda.get_device_name(qkv.device), {}).get(str(qkv.shape[-1]), {})
+    if not rows:
+        return "sdpa"
+    return rows[min(rows, key=lambda tokens: abs(math.log(int(tokens) / qkv.shape[1])))]
+
+
+@functools.cache
+def _table() -> dict:
+    """{device name: {head dim: {tokens: "native" or "sdpa"}}}"""
+    return json.loads(TABLE.read_text()) if TABLE.is_file() else {}
+
+
+if native_available():
+
+    @torch.library.register_fake("proxt2i::attention_forward")
+    def _(qkv, key_lengths, num_queries, scale):
+        batch, _, _, heads, dim = qkv.shape
+        return qkv.new_empty((batch, num_queries, heads, dim)), qkv.new_empty((batch, heads, num_queries), dtype=torch.float32)
+
+    @torch.library.register_fake("proxt2i::attention_backward")
+    def _(grad_out, qkv, out, lse, key_lengths, scale):
+        return torch.empty_like(qkv)
+
+    def _setup(ctx, inputs, output):
+        qkv, key_lengths, _, ctx.scale = inputs
+        ctx.save_for_backward(qkv, *output, key_lengths)
+
+    def _backward(ctx, grad_out, _):
+        qkv, out, lse, key_lengths = ctx.saved_tensors
+        grad = torch.ops.proxt2i.attention_backward(grad_out.contiguous(), qkv, out, lse, key_lengths, ctx.scale)
+        return grad, None, None, None
+
+    torch.library.register_autograd("proxt2i::attention_forward", _backward, setup_context=_setup)
