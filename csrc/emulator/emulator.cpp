@@ -112,7 +112,6 @@ struct Fiber {  // a stack that threads run on, one after another
   char* stack = nullptr;
   Context context;
   void* fake_stack = nullptr;  // ASan's
-  Thread* thread = nullptr;
 };
 
 // ---- the state of the one launch that runs ---------------------------------------------------------------------------------
@@ -130,19 +129,31 @@ void* scheduler_fake_stack;
 const void* scheduler_stack;
 size_t scheduler_stack_bytes;
 
-void resume(Thread& thread) {
-  if (thread.state == State::fresh) {
-    if (idle.empty()) idle.push_back(fibers.emplace_back(std::make_unique<Fiber>()).get());
-    thread.fiber = idle.back();
-    thread.fiber->thread = &thread;
-    idle.pop_back();
-  }
+void run_on(Fiber& fiber, Thread& thread) {
   thread.state = State::ready;
+  thread.fiber = &fiber;
   current = &thread;
   threadIdx = thread.index;
-  __sanitizer_start_switch_fiber(&scheduler_fake_stack, thread.fiber->stack, stack_bytes);
-  scheduler.go_to(thread.fiber->context);
+}
+
+void resume(Thread& thread) {
+  Fiber* fiber = thread.fiber;
+  if (thread.state == State::fresh) {
+    if (idle.empty()) idle.push_back(fibers.emplace_back(std::make_unique<Fiber>()).get());
+    fiber = idle.back();
+    idle.pop_back();
+  }
+  run_on(*fiber, thread);
+  __sanitizer_start_switch_fiber(&scheduler_fake_stack, fiber->stack, stack_bytes);
+  scheduler.go_to(fiber->context);
   __sanitizer_finish_switch_fiber(scheduler_fake_stack, nullptr, nullptr);
+}
+
+// The lane whose turn is after this one's, if it has not begun: without barriers, a warp then takes one coroutine in all.
+Thread* fresh_neighbour(const Thread& thread) {
+  const auto lane = &thread - threads.data(), next = reverse_order ? lane - 1 : lane + 1;
+  if (next < 0 || next / 32 != lane / 32 || next == std::ssize(threads)) return nullptr;
+  return threads[static_cast<size_t>(next)].state == State::fresh ? &threads[static_cast<size_t>(next)] : nullptr;
 }
 
 void back_to_scheduler(Fiber& fiber) {
@@ -154,15 +165,18 @@ void back_to_scheduler(Fiber& fiber) {
 void run_threads() {
   __sanitizer_finish_switch_fiber(nullptr, &scheduler_stack, &scheduler_stack_bytes);
   for (;;) {
-    Thread& thread = *current;
-    try {
-      (*kernel)();
-    } catch (...) {
-      failure = std::current_exception();
+    Fiber& fiber = *current->fiber;
+    for (Thread* thread = current; thread != nullptr && !failure; thread = fresh_neighbour(*thread)) {
+      run_on(fiber, *thread);
+      try {
+        (*kernel)();
+      } catch (...) {
+        failure = std::current_exception();
+      }
+      thread->state = State::exited;
     }
-    thread.state = State::exited;
-    idle.push_back(thread.fiber);
-    back_to_scheduler(*thread.fiber);
+    idle.push_back(&fiber);
+    back_to_scheduler(fiber);
   }
 }
 
