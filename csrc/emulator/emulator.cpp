@@ -214,8 +214,9 @@ std::string text(const Thread& thread) {
 // ---- blocks ----------------------------------------------------------------------------------------------------------------
 
 bool same_place(const Thread& a, const Thread& b) {
-  return a.state == b.state && a.where.line() == b.where.line() && a.where.column() == b.where.column() &&
-         std::strcmp(a.op, b.op) == 0 && std::strcmp(a.where.file_name(), b.where.file_name()) == 0;
+  const auto same = [](const char* p, const char* q) { return p == q || std::strcmp(p, q) == 0; };
+  return a.state == b.state && a.where.line() == b.where.line() && a.where.column() == b.where.column() && same(a.op, b.op) &&
+         same(a.where.file_name(), b.where.file_name());
 }
 
 // Nobody can go on: says who waits for whom, a warp's trouble before the block's.
