@@ -10,6 +10,7 @@
 #include <functional>
 #include <source_location>
 #include <tuple>
+#include <type_traits>
 
 #define __global__
 #define __device__
@@ -17,7 +18,7 @@
 #define __constant__ static const
 #define __shared__ static  // blocks run one after another, so one copy is enough; ASan puts red zones around it
 #define __forceinline__ inline
-#define __align__(bytes) __attribute__((aligned(bytes)))
+#define __align__(bytes) __attribute__((aligned((bytes) < 64 ? (bytes) : 64)))  // gcc puts no red zones around more than 64
 #define __launch_bounds__(...)  // not seen at run time, so not checked
 
 struct uint3 {
@@ -145,13 +146,13 @@ inline int __all_sync(uint32_t mask, int predicate, const std::source_location& 
 // ---- functions of CUDA's device library; the fast ones are no less exact here ----------------------------------------------
 
 template <typename T>
-T atomicAdd(T* address, T value) {
+T atomicAdd(T* address, std::type_identity_t<T> value) {
   const T old = *address;
   *address = old + value;
   return old;
 }
 template <typename T>
-T atomicMax(T* address, T value) {
+T atomicMax(T* address, std::type_identity_t<T> value) {
   const T old = *address;
   *address = std::max(old, value);
   return old;

@@ -142,7 +142,6 @@ __global__ void __launch_bounds__(1024) sums_kernel(const float* x, float* out, 
   float sum = x[static_cast<int64_t>(blockIdx.x) * threads + thread];
 #pragma unroll
   for (int i = 16; i > 0; i /= 2) sum += __shfl_xor_sync(0xffffffff, sum, i);
-  if (barrier) __syncthreads();  // the block before may still read, were there one in a loop
   if (thread % 32 == 0) sums[thread / 32] = sum;
   if (barrier) __syncthreads();
   if (thread == 0 || thread == threads - 1) {
@@ -159,8 +158,8 @@ __global__ void __launch_bounds__(1024) sums_kernel(const float* x, float* out, 
 Tensor sums(const Tensor& x, int64_t threads_y, bool barrier) {
   const OnDeviceOf device(x);
   const Tensor out = empty(x, {x.size(0), 2}, ScalarType::Float);
-  launch(sums_kernel, static_cast<unsigned>(x.size(0)), dim3(static_cast<unsigned>(x.size(1) / threads_y), static_cast<unsigned>(threads_y)),
-         0, device.stream, data<float>(x), data<float>(out), barrier);
+  const dim3 block(static_cast<unsigned>(x.size(1) / threads_y), static_cast<unsigned>(threads_y));
+  launch(sums_kernel, static_cast<unsigned>(x.size(0)), block, 0, device.stream, data<float>(x), data<float>(out), barrier);
   return out;
 }
 
@@ -185,6 +184,9 @@ enum Mistake {
   global_write_overflow,
   misaligned_vector,
   read_unwritten_shared,
+  misaligned_copy,
+  local_overflow,
+  aligned_static_shared_overflow,
 };
 
 __device__ int static_overflow(int i) {
@@ -198,6 +200,13 @@ __device__ T static_template_overflow(int i) {
   __shared__ T words[8];
   words[i] = static_cast<T>(i);
   return words[i];
+}
+
+__device__ int aligned_static_overflow(int i) {
+  __shared__ __align__(128) int words[40];
+  int* const p = words;
+  p[i] = i;
+  return p[i];
 }
 
 __global__ void mistake_kernel(int32_t* x, int count, int what, int shared_words) {
@@ -273,6 +282,19 @@ __global__ void mistake_kernel(int32_t* x, int count, int what, int shared_words
       break;
     case read_unwritten_shared:
       value = shared[thread];
+      break;
+    case misaligned_copy:
+      cp_async_16(shared + 1, x, true);
+      break;
+    case local_overflow: {
+      int32_t local[8] = {};
+      int32_t* const p = local;
+      p[thread % 9] = thread;
+      for (int i = 0; i < 8; ++i) value += p[i];
+      break;
+    }
+    case aligned_static_shared_overflow:
+      value = aligned_static_overflow(thread);
       break;
     default:
       break;

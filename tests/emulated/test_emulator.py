@@ -155,7 +155,8 @@ def test_missing_barriers_show():
 
 NONE, EXIT_BEFORE_BARRIER, BARRIER_AGAINST_SHUFFLE, TWO_BARRIERS, SHUFFLE_AGAINST_MMA, TWO_SHUFFLES, LANE_MISSING, LANE_EXITED, \
     OWN_LANE_MISSING, SOURCE_NOT_IN_MASK, DIFFERENT_MASKS, SHARED_OVERFLOW, STATIC_SHARED_OVERFLOW, STATIC_TEMPLATE_SHARED_OVERFLOW, \
-    GLOBAL_OVERFLOW, GLOBAL_WRITE_OVERFLOW, MISALIGNED_VECTOR, READ_UNWRITTEN_SHARED = range(18)
+    GLOBAL_OVERFLOW, GLOBAL_WRITE_OVERFLOW, MISALIGNED_VECTOR, READ_UNWRITTEN_SHARED, MISALIGNED_COPY, \
+    LOCAL_OVERFLOW, ALIGNED_STATIC_SHARED_OVERFLOW = range(21)  # selftest.cu's enum Mistake
 
 
 def mistake(what, grid=(1, 1, 1), block=(64, 1, 1), shared_bytes=256, count=64):
@@ -217,6 +218,8 @@ def test_misaligned_rows_and_copies_are_errors():
         OPS.ldmatrix(memory, torch.full((32,), 8, dtype=torch.int32), 0)
     with pytest.raises(RuntimeError, match="cp_async_16 .* is given a global address that is not 16-byte aligned"):
         OPS.cp_async(torch.zeros(260, dtype=torch.int32), 256, 0, 1)
+    with pytest.raises(RuntimeError, match="cp_async_16 .* is given a shared address that is not 16-byte aligned"):
+        mistake(MISALIGNED_COPY)
 
 
 def test_unwritten_shared_memory_holds_nans():
@@ -229,6 +232,8 @@ DYING = {
     "shared memory": (lambda: mistake(SHARED_OVERFLOW), "heap-buffer-overflow"),
     "static shared memory": (lambda: mistake(STATIC_SHARED_OVERFLOW), "out of bounds"),
     "static shared memory of a template": (lambda: mistake(STATIC_TEMPLATE_SHARED_OVERFLOW), "out of bounds"),
+    "aligned static shared memory": (lambda: mistake(ALIGNED_STATIC_SHARED_OVERFLOW), "global-buffer-overflow"),
+    "a local array": (lambda: mistake(LOCAL_OVERFLOW), "stack-buffer-overflow"),
     "global memory": (lambda: mistake(GLOBAL_OVERFLOW), "heap-buffer-overflow"),
     "global memory, written": (lambda: mistake(GLOBAL_WRITE_OVERFLOW), "heap-buffer-overflow"),
     "a vector": (lambda: mistake(MISALIGNED_VECTOR), "misaligned address"),
