@@ -6,18 +6,19 @@ PIP_ARGS ?=
 
 BIN := $(abspath $(VENV))/bin
 STAMP := $(VENV)/.installed
-SOURCES := setup.py pyproject.toml constraints.txt CMakeLists.txt $(wildcard csrc/* csrc/*/*)
+SOURCES := setup.py pyproject.toml constraints.txt CMakeLists.txt $(wildcard csrc/*.* csrc/common/* csrc/cpu/* csrc/cuda/*)
 CUDA_BUILD := build/cuda-check
 export PATH := $(BIN):$(PATH)
 
 .DEFAULT_GOAL := help
-.PHONY: help venv test demo cuda-check gpu-check clean check-machine
+.PHONY: help venv test demo emulate cuda-check gpu-check clean check-machine
 
 help:
 	@echo "make demo        draw a data set, train a model on it, sample and evaluate (sets itself up first)"
 	@echo "make test        all tests (sets itself up first); ARGS='-k name' goes to pytest"
 	@echo "make venv        only the set-up: $(VENV) with everything that constraints.txt names, and the native extension"
-	@echo "make cuda-check  compile the CUDA kernels for sm_80 and sm_90a (needs nvcc, no GPU)"
+	@echo "make emulate     run the CUDA kernels on the CPU, under sanitizers (make test does too; needs gcc); ARGS='-k name' goes to pytest"
+	@echo "make cuda-check  compile the CUDA kernels for sm_80 and sm_90a, and say what they use (needs nvcc, no GPU)"
 	@echo "make gpu-check   link the CUDA kernels, test them and time them (needs nvcc, a GPU, a torch with CUDA)"
 	@echo "make clean       remove $(VENV), build output and caches"
 	@echo "Variables: PYTHON=$(PYTHON) VENV=$(VENV) PIP_ARGS='$(PIP_ARGS)' (e.g. an index that has CPU builds of torch) MIN_DISK_GB=$(MIN_DISK_GB)"
@@ -57,11 +58,15 @@ test: $(STAMP)
 demo: $(STAMP)
 	@"$(BIN)/python" -m proxt2i.embedded.demo $(ARGS)
 
+emulate: $(STAMP)
+	@"$(BIN)/python" tests/test_emulated.py $(ARGS)
+
+# --clean-first: ptxas reports on a kernel only when it compiles it.
 cuda-check: $(STAMP)
 	@if ! command -v nvcc >/dev/null; then echo "cuda-check: skipped, nvcc is not on PATH"; else \
 	  cmake -S . -B $(CUDA_BUILD) -G Ninja --log-level=WARNING -DPROXT2I_CUDA=CHECK -DPython_EXECUTABLE="$(BIN)/python" \
-	  && cmake --build $(CUDA_BUILD) --target cuda_compile_check \
-	  && echo "cuda-check: compiled for sm_80 and sm_90a without warnings"; fi
+	  && "$(BIN)/python" csrc/cuda/resources.py cmake --build $(CUDA_BUILD) --target cuda_compile_check --clean-first \
+  && echo "cuda-check: compiled for sm_80 and sm_90a without warnings or spills"; fi
 
 gpu-check: $(STAMP)
 	@"$(BIN)/python" -c 'import sys, torch; torch.cuda.is_available() or sys.exit("gpu-check: this torch sees no CUDA device")'
