@@ -22,13 +22,13 @@ __global__ void __launch_bounds__(attention_threads) attention_delta_kernel(cons
   float sum = 0;
   if (row < args.queries && unit < D / 8) {
     const int64_t at = head.out_offset + row * head.out_pitch + 8 * unit;
-    const uint4 words[2] = {*reinterpret_cast<const uint4*>(args.out + at), *reinterpret_cast<const uint4*>(args.grad_out + at)};
-    const T *out = reinterpret_cast<const T*>(&words[0]), *grad = reinterpret_cast<const T*>(&words[1]);
+    float out[8], grad[8];
+    load8(out, args.out + at);
+    load8(grad, args.grad_out + at);
 #pragma unroll
-    for (int i = 0; i < 8; ++i) sum = fma(widen(out[i]), widen(grad[i]), sum);
+    for (int i = 0; i < 8; ++i) sum = fma(out[i], grad[i], sum);
   }
-#pragma unroll
-  for (int offset = delta_lanes / 2; offset > 0; offset /= 2) sum += __shfl_xor_sync(0xFFFFFFFFu, sum, offset);
+  sum = sum_over<delta_lanes>(sum);
   if (unit == 0 && row < args.queries) args.delta[head.lse_offset + row] = sum;
 }
 
@@ -37,6 +37,22 @@ __global__ void __launch_bounds__(attention_threads) attention_delta_kernel(cons
 // Rows of the tiles that a block goes through: fewer where 16 x D accumulators take most of the registers.
 template <int D>
 constexpr int tile_rows = D > 96 ? 32 : 64;
+
+// A warp's 16 rows of dQ or dK, scale not yet in acc, to grad_qkv at `offset`: of the raw rows there where q and k were normalised.
+template <int D, typename T>
+__device__ __forceinline__ void store_grad(const AttentionArgs<T>& args, const float (&acc)[D / 8][4], T* rows, int64_t offset,
+                                           int64_t pitch, int limit, const float* weight, float* grad_weight) {
+  const float factor[2] = {args.scale, args.scale};
+  if (weight == nullptr) {
+    store_rows16<D>(acc, factor, rows, args.grad_qkv + offset, pitch, limit);
+  } else {
+    put_rows16<D>(acc, factor, rows);
+    __syncwarp();
+    const int64_t block = (static_cast<int64_t>(blockIdx.z) * gridDim.y + blockIdx.y) * gridDim.x + blockIdx.x;
+    denormalise_rows16<D>(rows, args.qkv + offset, args.grad_qkv + offset, pitch, limit, weight, args.norm_eps,
+                          grad_weight + (block * attention_warps + threadIdx.x / 32) * D);
+  }
+}
 
 template <int D>
 constexpr size_t dq_shared_bytes = sizeof(uint16_t) * (2 * tile_size<D, block_rows> + 4 * tile_size<D, tile_rows<D>>);
@@ -80,8 +96,13 @@ __global__ void __launch_bounds__(attention_threads, 2) attention_dq_kernel(cons
     cp_async_wait<0>();
     __syncthreads();
     if (tile + 1 < num_tiles) load_keys(tile + 1);
-    const T* const k = k_tiles + (tile % 2) * tile_size<D, tile_keys>;
+    T* const k = k_tiles + (tile % 2) * tile_size<D, tile_keys>;
     const T* const v = v_tiles + (tile % 2) * tile_size<D, tile_keys>;
+    if (args.k_weight != nullptr) {
+      if (tile == 0) normalise_rows<D, block_rows>(q_tile, args.q_weight, args.norm_eps);
+      normalise_rows<D, tile_keys>(k, args.k_weight, args.norm_eps);
+      __syncthreads();
+    }
 
     float s[tile_keys / 8][4] = {}, dp[tile_keys / 8][4] = {};
     multiply_transposed<T, D, tile_keys>(s, SharedRows16<D, T>{q_rows}, k);
@@ -100,8 +121,8 @@ __global__ void __launch_bounds__(attention_threads, 2) attention_dq_kernel(cons
   cp_async_wait<0>();
   __syncthreads();
 
-  const float factor[2] = {args.scale, args.scale};
-  store_rows16<D>(dq, factor, q_rows, args.grad_qkv + head.q_offset + first_row * head.pitch, head.pitch, args.queries - first_row);
+  store_grad<D>(args, dq, q_rows, head.q_offset + first_row * head.pitch, head.pitch, args.queries - first_row, args.q_weight,
+                args.grad_q_weight);
 }
 
 // ---- dK and dV ------------------------------------------------------------------------------------------------------------
@@ -148,10 +169,16 @@ __global__ void __launch_bounds__(attention_threads, 2) attention_dkv_kernel(con
     cp_async_wait<0>();
     __syncthreads();
     if (tile + 1 < num_tiles) load_queries(tile + 1);
-    const T* const q = q_tiles + (tile % 2) * tile_size<D, rows>;
+    T* const q = q_tiles + (tile % 2) * tile_size<D, rows>;
     const T* const grad = grad_tiles + (tile % 2) * tile_size<D, rows>;
     const float* const lse = lse_tiles + (tile % 2) * rows + 2 * (lane % 4);
     const float* const delta = delta_tiles + (tile % 2) * rows + 2 * (lane % 4);
+
+    if (args.q_weight != nullptr) {
+      if (tile == 0) normalise_rows<D, block_rows>(k_tile, args.k_weight, args.norm_eps);
+      normalise_rows<D, rows>(q, args.q_weight, args.norm_eps);
+      __syncthreads();
+    }
 
     float p[rows / 8][4] = {};  // transposed: a row is a key, a column a query
     multiply_transposed<T, D, rows>(p, SharedRows16<D, T>{k_rows}, q);
@@ -173,17 +200,18 @@ __global__ void __launch_bounds__(attention_threads, 2) attention_dkv_kernel(con
   cp_async_wait<0>();
   __syncthreads();
 
-  const float of_k[2] = {args.scale, args.scale}, of_v[2] = {1, 1};
+  const float one[2] = {1, 1};
   const int left = args.tokens - first_row;
-  store_rows16<D>(dk, of_k, k_rows, args.grad_qkv + head.k_offset + first_row * head.pitch, head.pitch, left);
-  store_rows16<D>(dv, of_v, v_rows, args.grad_qkv + head.v_offset + first_row * head.pitch, head.pitch, left);
+  store_grad<D>(args, dk, k_rows, head.k_offset + first_row * head.pitch, head.pitch, left, args.k_weight, args.grad_k_weight);
+  store_rows16<D>(dv, one, v_rows, args.grad_qkv + head.v_offset + first_row * head.pitch, head.pitch, left);
 }
 
 // ---- the operator ---------------------------------------------------------------------------------------------------------
 
-Tensor attention_backward(const Tensor& grad_out, const Tensor& qkv, const Tensor& out, const Tensor& lse,
-                          const std::optional<Tensor>& key_lengths, double scale) {
-  check_attention(qkv, key_lengths, out.size(1));
+std::tuple<Tensor, Tensor, Tensor> attention_backward(const Tensor& grad_out, const Tensor& qkv, const Tensor& out, const Tensor& lse,
+                                                      const std::optional<Tensor>& key_lengths, const std::optional<Tensor>& q_weight,
+                                                      const std::optional<Tensor>& k_weight, double scale, double norm_eps) {
+  check_attention(qkv, key_lengths, q_weight, k_weight, out.size(1));
   check_same_shape(out, grad_out, "grad_out");
   STD_TORCH_CHECK(grad_out.scalar_type() == qkv.scalar_type() && out.scalar_type() == qkv.scalar_type() &&
                       lse.scalar_type() == ScalarType::Float,
@@ -195,22 +223,32 @@ Tensor attention_backward(const Tensor& grad_out, const Tensor& qkv, const Tenso
   STD_TORCH_CHECK(reinterpret_cast<uintptr_t>(grad.const_data_ptr()) % 16 == 0, "proxt2i: grad_out must be 16-byte aligned");
   Tensor grad_qkv = torch::stable::new_empty(qkv, qkv.sizes());
   if (out.size(1) < qkv.size(1)) torch::stable::zero_(grad_qkv);  // tokens that do not ask
-  if (grad_qkv.numel() == 0 || out.size(1) == 0) return grad_qkv;
+  const auto blocks = [&](int64_t rows, int64_t per_block) { return (rows + per_block - 1) / per_block; };
+  const auto weight_grads = [&](int64_t rows) {
+    const int64_t shape[] = {q_weight.has_value() ? qkv.size(0) * qkv.size(3) * blocks(rows, block_rows) * attention_warps : 0, qkv.size(4)};
+    return torch::stable::new_empty(lse, {shape, 2});
+  };
+  Tensor grad_q_weight = weight_grads(out.size(1)), grad_k_weight = weight_grads(out.size(1) > 0 ? qkv.size(1) : 0);
+  if (grad_qkv.numel() == 0 || out.size(1) == 0) return {grad_qkv, grad_q_weight, grad_k_weight};
   const int64_t lse_shape[] = {lse.size(0), lse.size(1), lse.size(2)};
   const Tensor delta = torch::stable::new_empty(lse, {lse_shape, 3});
   dispatch_attention(qkv, [&](auto type, auto dim) {
     using T = decltype(type);
     constexpr int D = decltype(dim)::value;
-    auto args = attention_args<T>(qkv, key_lengths, out, lse, scale);
+    auto args = attention_args<T>(qkv, key_lengths, q_weight, k_weight, out, lse, scale, norm_eps);
     args.grad_out = static_cast<const T*>(grad.const_data_ptr());
     args.delta = static_cast<float*>(delta.mutable_data_ptr());
     args.grad_qkv = static_cast<T*>(grad_qkv.mutable_data_ptr());
-    const auto grid = [&](int rows, int per_block) { return dim3((rows + per_block - 1) / per_block, args.heads, args.batch); };
+    args.grad_q_weight = static_cast<float*>(grad_q_weight.mutable_data_ptr());
+    args.grad_k_weight = static_cast<float*>(grad_k_weight.mutable_data_ptr());
+    const auto grid = [&](int rows, int per_block) {
+      return dim3(static_cast<unsigned>(blocks(rows, per_block)), args.heads, args.batch);
+    };
     launch(attention_delta_kernel<T, D>, grid(args.queries, attention_threads / delta_lanes), attention_threads, 0, device.stream, args);
     launch(attention_dq_kernel<T, D>, grid(args.queries, block_rows), attention_threads, dq_shared_bytes<D>, device.stream, args);
     launch(attention_dkv_kernel<T, D>, grid(args.tokens, block_rows), attention_threads, dkv_shared_bytes<D>, device.stream, args);
   });
-  return grad_qkv;
+  return {grad_qkv, grad_q_weight, grad_k_weight};
 }
 
 }  // namespace

@@ -14,7 +14,7 @@ template <int D>
 constexpr size_t shared_bytes = sizeof(uint16_t) * (tile_size<D, block_rows> + 4 * tile_size<D, tile_keys>);
 
 template <typename T, int D>
-__global__ void __launch_bounds__(attention_threads) attention_forward_kernel(const AttentionArgs<T> args) {
+__global__ void __launch_bounds__(attention_threads, D > 96 ? 2 : 3) attention_forward_kernel(const AttentionArgs<T> args) {
   const AttentionHead<T, D> head(args);
   T* const q_tile = reinterpret_cast<T*>(dynamic_shared());
   T* const k_tiles = q_tile + tile_size<D, block_rows>;
@@ -39,10 +39,16 @@ __global__ void __launch_bounds__(attention_threads) attention_forward_kernel(co
   for (int tile = 0; tile < num_tiles; ++tile) {
     cp_async_wait<0>();
     __syncthreads();  // this tile is there, and nobody works on the one before it any more
-    if (tile == 0) q.load(q_rows);
     if (tile + 1 < num_tiles) load_keys(tile + 1);
-    const T* const k = k_tiles + (tile % 2) * tile_size<D, tile_keys>;
+    T* const k = k_tiles + (tile % 2) * tile_size<D, tile_keys>;
     const T* const v = v_tiles + (tile % 2) * tile_size<D, tile_keys>;
+
+    if (args.k_weight != nullptr) {
+      if (tile == 0) normalise_rows<D, block_rows>(q_tile, args.q_weight, args.norm_eps);
+      normalise_rows<D, tile_keys>(k, args.k_weight, args.norm_eps);
+      __syncthreads();
+    }
+    if (tile == 0) q.load(q_rows);
 
     float s[tile_keys / 8][4] = {};
     multiply_transposed<T, D, tile_keys>(s, q, k);
@@ -85,7 +91,7 @@ __global__ void __launch_bounds__(attention_threads) attention_forward_kernel(co
   float factor[2];
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
-    const float total = row_sum(sum[half]);
+    const float total = sum_over<4>(sum[half]);
     factor[half] = total > 0 ? 1 / total : 0.0f;
     const int row = first_row + lane / 4 + 8 * half;
     if (lane % 4 == 0 && row < args.queries) {
@@ -95,9 +101,10 @@ __global__ void __launch_bounds__(attention_threads) attention_forward_kernel(co
   store_rows16<D>(out, factor, q_rows, args.out + head.out_offset + first_row * head.out_pitch, head.out_pitch, args.queries - first_row);
 }
 
-std::tuple<Tensor, Tensor> attention_forward(const Tensor& qkv, const std::optional<Tensor>& key_lengths, int64_t num_queries,
-                                             double scale) {
-  check_attention(qkv, key_lengths, num_queries);
+std::tuple<Tensor, Tensor> attention_forward(const Tensor& qkv, const std::optional<Tensor>& key_lengths,
+                                             const std::optional<Tensor>& q_weight, const std::optional<Tensor>& k_weight,
+                                             int64_t num_queries, double scale, double norm_eps) {
+  check_attention(qkv, key_lengths, q_weight, k_weight, num_queries);
   const OnDeviceOf device(qkv);
   const int64_t out_shape[] = {qkv.size(0), num_queries, qkv.size(3), qkv.size(4)};
   const int64_t lse_shape[] = {qkv.size(0), qkv.size(3), num_queries};
@@ -107,7 +114,7 @@ std::tuple<Tensor, Tensor> attention_forward(const Tensor& qkv, const std::optio
   dispatch_attention(qkv, [&](auto type, auto dim) {
     using T = decltype(type);
     constexpr int D = decltype(dim)::value;
-    const auto args = attention_args<T>(qkv, key_lengths, out, lse, scale);
+    const auto args = attention_args<T>(qkv, key_lengths, q_weight, k_weight, out, lse, scale, norm_eps);
     const dim3 grid((args.queries + block_rows - 1) / block_rows, args.heads, args.batch);
     launch(attention_forward_kernel<T, D>, grid, attention_threads, shared_bytes<D>, device.stream, args);
   });

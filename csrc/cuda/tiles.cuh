@@ -134,11 +134,9 @@ __device__ __forceinline__ void multiply(float (&acc)[D / 8][4], const Weights16
   }
 }
 
-// A warp's 16 x D accumulator times `factor` of each row half, by way of its own 16 rows of a tile, to rows of target; whole 16-byte units
-// are written, of rows below `limit`.
+// A warp's 16 x D accumulator, times `factor` of each row half, to its own 16 rows of a tile.
 template <int D, typename T>
-__device__ __forceinline__ void store_rows16(const float (&acc)[D / 8][4], const float (&factor)[2], T* rows, T* target, int64_t pitch,
-                                             int limit) {
+__device__ __forceinline__ void put_rows16(const float (&acc)[D / 8][4], const float (&factor)[2], T* rows) {
   const int lane = lane_id();
 #pragma unroll
   for (int d = 0; d < D / 8; ++d) {
@@ -148,6 +146,14 @@ __device__ __forceinline__ void store_rows16(const float (&acc)[D / 8][4], const
       *reinterpret_cast<uint32_t*>(rows + (lane / 4 + 8 * half) * tile_stride<D> + 8 * d + 2 * (lane % 4)) = pair;
     }
   }
+}
+
+// The same, and from there to rows of target below `limit`, in whole 16-byte units.
+template <int D, typename T>
+__device__ __forceinline__ void store_rows16(const float (&acc)[D / 8][4], const float (&factor)[2], T* rows, T* target, int64_t pitch,
+                                             int limit) {
+  const int lane = lane_id();
+  put_rows16<D>(acc, factor, rows);
   __syncwarp();
   constexpr int chunks = D / 8;
   for (int i = lane; i < 16 * chunks; i += 32) {

@@ -2,6 +2,8 @@
 
     out = softmax(q k^T / sqrt(D)) v        for every image and head, over the first key_lengths[b] tokens
 
+With weights, q and k are RMS-normalised over each head first (QK-norm): q -> q_weight q / sqrt(mean(q^2) + norm_eps).
+
 Three implementations: `ref` (plain torch, exact in the input's dtype), `sdpa` (torch's scaled_dot_product_attention with whatever backend it
 picks) and `native` (csrc/cuda/attention_*.cu; bfloat16 and float16, heads of 64, 72 and 128; a head of 72 costs 72, where other kernels pad
 it to 96 or 128; *unverified*: compiled and emulated in CI, not yet run on a GPU). Which of the last two a shape gets is read from
@@ -25,11 +27,13 @@ IMPLS = (None, "native", "sdpa", "ref")
 
 
 def attention(qkv: torch.Tensor, *, key_lengths: torch.Tensor | None = None, num_queries: int | None = None,
+              q_weight: torch.Tensor | None = None, k_weight: torch.Tensor | None = None, norm_eps: float = 1e-6,
               impl: str | None = None) -> torch.Tensor:
     """qkv [B, N, 3, H, D] -> [B, M, H, D] in its dtype: the last M = num_queries of the N tokens ask (None: all), keys are all.
 
     key_lengths: int64 [B]; only the first key_lengths[b] tokens of image b are attended to (None: all N). A length of 0 gives zeros.
-    impl: None picks the faster of "native" and "sdpa" by the table; a name insists.  Differentiable in qkv.
+    q_weight, k_weight: [D], both or neither; any float dtype.  Differentiable in qkv and the weights.
+    impl: None picks the faster of "native" and "sdpa" by the table; a name insists.
     ValueError for a wrong shape, num_queries outside 0 ... N, or impl="native" for what the kernels do not take.
     """
     if qkv.dim() != 5 or qkv.shape[2] != 3:
@@ -40,6 +44,8 @@ def attention(qkv: torch.Tensor, *, key_lengths: torch.Tensor | None = None, num
         raise ValueError(f"num_queries={num_queries} must lie in 0 ... {tokens}, the number of tokens")
     if key_lengths is not None and (key_lengths.dtype != torch.int64 or tuple(key_lengths.shape) != (batch,)):
         raise ValueError(f"key_lengths must be int64 [{batch}], not {key_lengths.dtype} {list(key_lengths.shape)}")
+    if (q_weight is None) != (k_weight is None) or (q_weight is not None and not q_weight.shape == k_weight.shape == qkv.shape[-1:]):
+        raise ValueError(f"q_weight and k_weight must both be given with shape [{qkv.shape[-1]}], or neither")
     if impl not in IMPLS:
         raise ValueError(f"impl must be one of {IMPLS}, not {impl!r}")
     impl = impl or preferred(qkv, num_queries)
@@ -47,21 +53,22 @@ def attention(qkv: torch.Tensor, *, key_lengths: torch.Tensor | None = None, num
         problem = why_not_native(qkv)
         if problem:
             raise ValueError(f"impl='native': {problem}")
-        return torch.ops.proxt2i.attention_forward(qkv.contiguous(), key_lengths, num_queries, qkv.shape[-1] ** -0.5)[0]
-    return (attention_ref if impl == "ref" else _sdpa)(qkv, key_lengths, num_queries)
+        weights = [None if weight is None else weight.float().contiguous() for weight in (q_weight, k_weight)]
+        return torch.ops.proxt2i.attention_forward(qkv.contiguous(), key_lengths, *weights, num_queries, qkv.shape[-1] ** -0.5, norm_eps)[0]
+    return (attention_ref if impl == "ref" else _sdpa)(qkv, key_lengths, num_queries, q_weight, k_weight, norm_eps)
 
 
-def attention_ref(qkv, key_lengths, num_queries):
+def attention_ref(qkv, key_lengths, num_queries, q_weight=None, k_weight=None, norm_eps=1e-6):
     """The definition, product by product."""
-    q, k, v = _heads(qkv, num_queries)
+    q, k, v = _heads(qkv, num_queries, q_weight, k_weight, norm_eps)
     scores = (q @ k.transpose(-1, -2)) / math.sqrt(qkv.shape[-1])
     if key_lengths is not None:
         scores = scores.masked_fill(~_attended(qkv, key_lengths), -math.inf)
     return (scores.softmax(-1).nan_to_num(0.0) @ v).transpose(1, 2)
 
 
-def _sdpa(qkv, key_lengths, num_queries):
-    q, k, v = _heads(qkv, num_queries)
+def _sdpa(qkv, key_lengths, num_queries, q_weight, k_weight, norm_eps):
+    q, k, v = _heads(qkv, num_queries, q_weight, k_weight, norm_eps)
     mask = None if key_lengths is None else _attended(qkv, key_lengths)
     out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
     if key_lengths is not None:
@@ -69,10 +76,13 @@ def _sdpa(qkv, key_lengths, num_queries):
     return out.transpose(1, 2)
 
 
-def _heads(qkv, num_queries):
-    """Three [B, H, tokens, D]."""
+def _heads(qkv, num_queries, q_weight, k_weight, norm_eps):
+    """q, k, v as [B, H, tokens, D], q and k normalised if there are weights."""
     q, k, v = (part.transpose(1, 2) for part in qkv.unbind(2))
-    return q[:, :, q.shape[2] - num_queries :], k, v
+    q = q[:, :, q.shape[2] - num_queries :]
+    if q_weight is not None:
+        q, k = (F.rms_norm(x, x.shape[-1:], weight.to(x.dtype), norm_eps) for x, weight in ((q, q_weight), (k, k_weight)))
+    return q, k, v
 
 
 def _attended(qkv, key_lengths):
@@ -107,21 +117,24 @@ def _table() -> dict:
 if native_available():
 
     @torch.library.register_fake("proxt2i::attention_forward")
-    def _(qkv, key_lengths, num_queries, scale):
+    def _(qkv, key_lengths, q_weight, k_weight, num_queries, scale, norm_eps):
         batch, _, _, heads, dim = qkv.shape
         return qkv.new_empty((batch, num_queries, heads, dim)), qkv.new_empty((batch, heads, num_queries), dtype=torch.float32)
 
     @torch.library.register_fake("proxt2i::attention_backward")
-    def _(grad_out, qkv, out, lse, key_lengths, scale):
-        return torch.empty_like(qkv)
+    def _(grad_out, qkv, out, lse, key_lengths, q_weight, k_weight, scale, norm_eps):
+        rows = [0 if q_weight is None or out.shape[1] == 0 else 4 * qkv.shape[0] * qkv.shape[3] * -(-n // 64) for n in (out.shape[1], qkv.shape[1])]
+        return torch.empty_like(qkv), *(lse.new_empty((n, qkv.shape[-1])) for n in rows)
 
     def _setup(ctx, inputs, output):
-        qkv, key_lengths, _, ctx.scale = inputs
-        ctx.save_for_backward(qkv, *output, key_lengths)
+        qkv, key_lengths, q_weight, k_weight, _, *ctx.numbers = inputs
+        ctx.save_for_backward(qkv, *output, key_lengths, q_weight, k_weight)
 
     def _backward(ctx, grad_out, _):
-        qkv, out, lse, key_lengths = ctx.saved_tensors
-        grad = torch.ops.proxt2i.attention_backward(grad_out.contiguous(), qkv, out, lse, key_lengths, ctx.scale)
-        return grad, None, None, None
+        qkv, out, lse, key_lengths, q_weight, k_weight = ctx.saved_tensors
+        grad_qkv, *of_weights = torch.ops.proxt2i.attention_backward(grad_out.contiguous(), qkv, out, lse, key_lengths, q_weight, k_weight,
+                                                                     *ctx.numbers)
+        of_weights = [None, None] if q_weight is None else [partial.sum(0) for partial in of_weights]
+        return grad_qkv, None, *of_weights, None, None, None
 
     torch.library.register_autograd("proxt2i::attention_forward", _backward, setup_context=_setup)
