@@ -21,6 +21,11 @@ OPS = torch.ops.proxt2i
 W = 2.5
 
 
+@pytest.fixture(autouse=True)
+def same_numbers_in_every_run():
+    torch.manual_seed(0)
+
+
 @pytest.fixture
 def restore_cpu():
     isa, threads = _C.build_info()["cpu_isa"], torch.get_num_threads()
