@@ -71,8 +71,9 @@ cuda-check: $(STAMP)
 gpu-check: $(STAMP)
 	@"$(BIN)/python" -c 'import sys, torch; torch.cuda.is_available() or sys.exit("gpu-check: this torch sees no CUDA device")'
 	@PROXT2I_CUDA=ON "$(BIN)/python" -m pip install --disable-pip-version-check -q --no-build-isolation --no-deps -e .
-	@PROXT2I_REQUIRE_NATIVE=1 "$(BIN)/python" -m pytest -q tests/test_ops.py
+	@PROXT2I_REQUIRE_NATIVE=1 "$(BIN)/python" -m pytest -q tests/test_ops.py tests/test_ops_matching.py tests/test_ops_transition.py
 	@"$(BIN)/python" benchmarks/prox_step.py --device cuda
+	@"$(BIN)/python" benchmarks/ops.py --device cuda
 
 clean:
 	rm -rf "$(VENV)" build dist proxt2i/_C*.so proxt2i.egg-info .pytest_cache

@@ -23,7 +23,7 @@ import torch
 from diffusers import DDIMScheduler
 
 from proxt2i import _C
-from proxt2i.ops import coefficients, prox_step
+from proxt2i.ops import prox_step, step_row
 
 GUIDANCE, SQRT_LAM, A, B = 2.0, 0.8, 1.2, 0.6
 
@@ -36,7 +36,7 @@ def make_steps(shape: tuple[int, ...], device: str) -> dict:
     scheduler.set_timesteps(8)
     timestep = int(scheduler.timesteps[3])
 
-    row = torch.tensor(coefficients(SQRT_LAM, guidance_scale=GUIDANCE, a=A, b=B, draw=1), dtype=torch.float64, device=device)
+    row = torch.tensor(step_row(SQRT_LAM, guidance_scale=GUIDANCE, a=A, b=B, draw=1), dtype=torch.float64, device=device)
 
     def fused():
         return prox_step(y, eps_cond, eps_uncond, row, seeds=seeds, want_x=False, impl="native")

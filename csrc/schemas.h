@@ -15,6 +15,19 @@ void define_ops(Library& m) {
       "attention_backward(Tensor grad_out, Tensor qkv, Tensor out, Tensor lse, Tensor? key_lengths, Tensor? q_weight, Tensor? k_weight, "
       "float scale, float norm_eps) -> (Tensor, Tensor, Tensor)");
   m.def("philox_normal(Tensor seeds, int step, int count) -> Tensor");
+  m.def(
+      "transition_log_ratio(Tensor eps_cond, Tensor? eps_uncond, Tensor eps_old, Tensor? eps_ref, Tensor? noise, Tensor? seeds, "
+      "Tensor? steps, Tensor scale, float guidance_scale) -> (Tensor, Tensor)");
+  m.def(
+      "transition_log_ratio_backward(Tensor grad_log_ratio, Tensor grad_kl, Tensor eps_cond, Tensor? eps_uncond, Tensor eps_old, "
+      "Tensor? eps_ref, Tensor? noise, Tensor? seeds, Tensor? steps, Tensor scale, float guidance_scale) -> (Tensor, Tensor)");
+  m.def("guided_eps(Tensor eps_cond, Tensor eps_uncond, float guidance_scale) -> Tensor");
+  m.def("noised_pair(Tensor x0, Tensor seeds, Tensor coefficients) -> Tensor");
+  m.def(
+      "matching_errors(Tensor eps, Tensor? x0, Tensor? y, Tensor seeds, Tensor coefficients, int? draw) -> (Tensor, Tensor)");
+  m.def(
+      "matching_errors_backward(Tensor grad_mse, Tensor grad_mae, Tensor eps, Tensor? x0, Tensor? y, Tensor seeds, "
+      "Tensor coefficients, int? draw) -> Tensor");
 }
 
 }  // namespace proxt2i

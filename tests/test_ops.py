@@ -12,7 +12,7 @@ import pytest
 import scipy.stats
 import torch
 
-from proxt2i.ops import coefficients, native, native_available, philox_normal, prox_step
+from proxt2i.ops import native, native_available, philox_normal, prox_step, step_row
 from proxt2i.ops.philox import box_muller, philox4x32_10, philox_words_ref
 
 if not native_available() and os.environ.get("PROXT2I_REQUIRE_NATIVE") != "1":
@@ -22,8 +22,8 @@ from proxt2i import _C  # noqa: E402
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(
     not (torch.cuda.is_available() and native_available("cuda")), reason="needs a GPU and an extension with CUDA kernels"))]
 STEP = dict(guidance_scale=2.5, sqrt_lam=0.8, a=1.2, b=0.6)
-ROW = coefficients(**STEP, draw=1)
-FULL = coefficients(**STEP, clean_y=1.1, clean_eps=0.7, memory=0.4, draw=1)
+ROW = step_row(**STEP, draw=1)
+FULL = step_row(**STEP, clean_y=1.1, clean_eps=0.7, memory=0.4, draw=1)
 OPS = torch.ops.proxt2i
 
 
@@ -172,7 +172,7 @@ def test_odd_sizes(shape, device):
 @pytest.mark.parametrize("device", DEVICES)
 def test_closed_forms(device):
     y, cond, uncond, seeds = tensors(3, 4, 5, device=device, dtype=torch.float64)
-    x, y_next, _ = prox_step(y, cond, None, coefficients(**STEP, draw=6), seeds=seeds)
+    x, y_next, _ = prox_step(y, cond, None, step_row(**STEP, draw=6), seeds=seeds)
     torch.testing.assert_close(x, y - 0.8 * cond)
     torch.testing.assert_close(y_next, 1.2 * x + 0.6 * philox_normal(seeds, 6, (4, 5)).double())
     noise, before = torch.randn_like(y), torch.randn_like(y)
@@ -180,10 +180,10 @@ def test_closed_forms(device):
     _, remembering, clean = prox_step(y, cond, None, FULL, clean=before, noise=noise, want_clean=True)
     torch.testing.assert_close(clean, 1.1 * y - 0.7 * cond)
     torch.testing.assert_close(remembering, 1.2 * x + 0.6 * noise + 0.4 * (clean - before))
-    x, y_next, _ = prox_step(y, cond, uncond, coefficients(0.5, guidance_scale=0, a=1.5), noise=noise)  # b = 0: noise unused
+    x, y_next, _ = prox_step(y, cond, uncond, step_row(0.5, guidance_scale=0, a=1.5), noise=noise)  # b = 0: noise unused
     torch.testing.assert_close(x, y - 0.5 * uncond)
     torch.testing.assert_close(y_next, 1.5 * x)
-    torch.testing.assert_close(prox_step(y, cond, uncond, coefficients(0.5), want_next=False)[0], y - 0.5 * cond)
+    torch.testing.assert_close(prox_step(y, cond, uncond, step_row(0.5), want_next=False)[0], y - 0.5 * cond)
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -192,7 +192,7 @@ def test_every_image_may_have_a_row_of_its_own(impl, device):
     """A batch of images at different steps: the same bits as each image alone, its row taken out of a table."""
     y, cond, uncond, seeds = tensors(3, 2, 77, device=device)
     clean = torch.randn_like(y)
-    table = torch.tensor([FULL, coefficients(0.3, guidance_scale=1.5, a=0.9, b=0.1, clean_eps=1, draw=5), coefficients(2.0, a=0.5)],
+    table = torch.tensor([FULL, step_row(0.3, guidance_scale=1.5, a=0.9, b=0.1, clean_eps=1, draw=5), step_row(2.0, a=0.5)],
                          dtype=torch.float64, device=device)
     together = prox_step(y, cond, uncond, table, clean=clean, seeds=seeds, want_clean=True, impl=impl)
     for i in range(3):
@@ -216,7 +216,7 @@ def test_half_precision_inputs_are_widened_exactly():
     bits = torch.arange(-(2**15), 2**15).to(torch.int16)
     for dtype in (torch.float16, torch.bfloat16):
         eps = bits.view(dtype)
-        x = prox_step(torch.zeros(1, 2**16), eps[None], None, coefficients(-1), want_next=False, impl="native")[0][0]
+        x = prox_step(torch.zeros(1, 2**16), eps[None], None, step_row(-1), want_next=False, impl="native")[0][0]
         torch.testing.assert_close(x, eps.float(), rtol=0, atol=0, equal_nan=True)
 
 
@@ -274,7 +274,7 @@ def test_wrong_inputs_are_refused_before_work():
         with pytest.raises(ValueError, match=message):
             prox_step(**call)
     with pytest.raises(ValueError, match="draw must be >= 0"):
-        coefficients(1, draw=-1)
+        step_row(1, draw=-1)
     row = torch.tensor(ROW, dtype=torch.float64)
     raw = [(y, cond.double(), None, None, None, seeds, row), (y, cond[:1], None, None, None, seeds, row),
            (y, cond, None, None, None, seeds[:1], row), (y, cond, None, None, y.double(), None, row),
@@ -294,7 +294,7 @@ def test_opcheck(guided, source, device):
     y, cond, uncond = (t.requires_grad_() for t in (y, cond, uncond))
     noise, clean = (torch.randn_like(y).requires_grad_() if source == "noise" else None for _ in range(2))
     uncond = uncond if guided else None
-    row = torch.tensor(FULL if source else coefficients(0.8, a=1.2), dtype=torch.float64, device=device)
+    row = torch.tensor(FULL if source else step_row(0.8, a=1.2), dtype=torch.float64, device=device)
     for wanted in ((True, True, source == "noise"), (True, False, False), (False, True, True)):
         torch.library.opcheck(OPS.prox_step.default, (y, cond, uncond, clean, noise, seeds if source == "seeds" else None, row, *wanted))
     torch.library.opcheck(OPS.philox_normal.default, (seeds, 1, 10))
@@ -306,7 +306,7 @@ def test_gradcheck(guided, impl):
     y, cond, uncond, seeds = tensors(2, 3, 2, dtype=torch.float64)
     noise, clean = torch.randn_like(y).requires_grad_(), torch.randn_like(y).requires_grad_()
     leaves = [t.requires_grad_() for t in ([y, cond, uncond] if guided else [y, cond])]
-    rows = torch.tensor([FULL, coefficients(0.3, guidance_scale=0.5, a=2, b=0, clean_y=1, clean_eps=3, memory=-1)]).double()
+    rows = torch.tensor([FULL, step_row(0.3, guidance_scale=0.5, a=2, b=0, clean_y=1, clean_eps=3, memory=-1)]).double()
 
     def drawn(y, cond, uncond=None):
         return prox_step(y, cond, uncond, ROW, seeds=seeds, impl=impl)[:2]

@@ -18,6 +18,8 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from proxt2i.config import DiffusionConfig, OptimConfig, TrainConfig, load_config
+from proxt2i.diffusion import expected_noise, noised, proximal_matching_loss, score_loss
+from proxt2i.ops import philox_normal
 from proxt2i.training import distributed, engine as engines
 from proxt2i.training.checkpoint import check_intact
 from proxt2i.training.ema import EMA
@@ -321,8 +323,8 @@ def test_non_finite_steps_are_skipped_counted_and_finally_fatal(settings, ranks,
     loss = trainer.objective.loss
     bad = {32, 80, 96, 112}  # images seen before the step
 
-    def poisoned(eps, target, images_seen):
-        losses = loss(eps, target, images_seen)
+    def poisoned(eps, example, images_seen):
+        losses = loss(eps, example, images_seen)
         return losses * torch.tensor(float("nan")) if images_seen in bad else losses
 
     trainer.objective.loss = poisoned
@@ -355,17 +357,37 @@ def test_randomness_depends_on_seed_and_position_alone():
     objective, x0, positions = Objective(DiffusionConfig(), 7), torch.randn(8, 2, 4, 4), torch.arange(100, 108)
     whole = objective.example(x0, positions)
     halves = [objective.example(x0[part], positions[part]) for part in (slice(0, 4), slice(4, 8))]
-    for name in ("y", "t", "lam", "target", "bucket"):
+    for name in ("y", "t", "lam", "seeds", "bucket"):
         assert torch.equal(getattr(whole, name), torch.cat([getattr(half, name) for half in halves]))
-    assert not torch.equal(whole.target, Objective(DiffusionConfig(), 8).example(x0, positions).target)
-    assert len({tuple(row.flatten().tolist()) for row in whole.target}) == 8
+    eps = torch.randn_like(x0)
+    losses = [objective.loss(eps[part], half, 0) for part, half in zip((slice(0, 4), slice(4, 8)), halves)]
+    assert torch.equal(objective.loss(eps, whole, 0), torch.cat(losses))
+    assert not torch.equal(whole.y, Objective(DiffusionConfig(), 8).example(x0, positions).y)
+    targets = philox_normal(whole.seeds, 1, x0.shape[1:])
+    assert len({tuple(row.flatten().tolist()) for row in targets}) == 8
     # y is what the target says: prox with the true noise and t = 0 gives x0 back
-    at_zero = whole.t == 0
     many = objective.example(torch.ones(512, 2, 4, 4), torch.arange(512))
     at_zero = many.t == 0
     assert at_zero.any()
-    clean = many.y - many.lam.sqrt()[:, None, None, None] * many.target
+    clean = many.y - many.lam.sqrt()[:, None, None, None] * philox_normal(many.seeds, 1, (2, 4, 4))
     torch.testing.assert_close(clean[at_zero], torch.ones_like(clean[at_zero]), atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("settings", [
+    dict(), dict(target="noise"), dict(l1_images=10), dict(objective="score"), dict(objective="score", score_times="pairs"),
+])
+def test_examples_and_losses_are_those_of_the_plain_functions(settings):
+    config = DiffusionConfig(zeta=0.9, **settings)
+    objective, x0 = Objective(config, 7), torch.randn(16, 2, 4, 4)
+    example, eps = objective.example(x0, torch.arange(16)), torch.randn(16, 2, 4, 4)
+    e, n = (philox_normal(example.seeds, draw, (2, 4, 4)) for draw in (0, 1))
+    y = noised(x0, example.t, example.lam, e, n, objective.schedule)
+    torch.testing.assert_close(example.y, y)
+    expected = expected_noise(x0, y, example.t, example.lam, objective.schedule)
+    target = e if config.objective == "score" else expected if config.target == "expected" else n
+    loss = score_loss(eps, target) if config.objective == "score" else proximal_matching_loss(
+        eps, target, config.zeta, "l1" if config.l1_images else "prox")
+    torch.testing.assert_close(objective.loss(eps, example, 0), loss)
 
 
 def test_uniforms_are_uniform_and_streams_independent():

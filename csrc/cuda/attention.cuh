@@ -8,7 +8,7 @@
 #include <optional>
 #include <tuple>
 
-#include "../common/op.h"
+#include "../common/tensors.h"
 #include "tiles.cuh"
 
 namespace proxt2i {
@@ -189,6 +189,11 @@ void dispatch_attention(const Tensor& qkv, const Run& run) {
   } else {
     with_type(float16{});
   }
+}
+
+template <typename T>
+const T* pointer(const std::optional<Tensor>& t) {
+  return t.has_value() ? static_cast<const T*>(t->const_data_ptr()) : nullptr;
 }
 
 template <typename T>

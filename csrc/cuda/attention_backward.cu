@@ -212,10 +212,9 @@ std::tuple<Tensor, Tensor, Tensor> attention_backward(const Tensor& grad_out, co
                                                       const std::optional<Tensor>& key_lengths, const std::optional<Tensor>& q_weight,
                                                       const std::optional<Tensor>& k_weight, double scale, double norm_eps) {
   check_attention(qkv, key_lengths, q_weight, k_weight, out.size(1));
-  check_same_shape(out, grad_out, "grad_out");
-  STD_TORCH_CHECK(grad_out.scalar_type() == qkv.scalar_type() && out.scalar_type() == qkv.scalar_type() &&
-                      lse.scalar_type() == ScalarType::Float,
-                  "proxt2i: grad_out and out must have qkv's dtype, lse float32");
+  STD_TORCH_CHECK(out.scalar_type() == qkv.scalar_type() && lse.scalar_type() == ScalarType::Float,
+                  "proxt2i: out must have qkv's dtype, lse float32");
+  check_like(grad_out, out, qkv.scalar_type(), "grad_out");
   STD_TORCH_CHECK(out.is_contiguous() && lse.is_contiguous() && reinterpret_cast<uintptr_t>(out.const_data_ptr()) % 16 == 0,
                   "proxt2i: out and lse must be as attention_forward made them");
   const OnDeviceOf device(qkv);

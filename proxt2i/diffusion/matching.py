@@ -3,6 +3,7 @@
     y = sqrt(alpha_t) x_0 + sqrt(1 - alpha_t) e + sqrt(lam) n        loss(eps_theta(y, t, lam, c), n)
 
 The target is n, the noise added for the prox: neither e nor the sum of both. `expected_noise` is its mean given x_0 and y.
+Training itself runs the fused operators of `proxt2i.ops.matching`, which these functions are the plain form of.
 """
 
 from collections.abc import Sequence
@@ -10,10 +11,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from ..ops.matching import LOSSES, proximal_loss
 from .plan import check_name, make_plan
 from .schedule import VPSchedule
-
-LOSSES = ("prox", "l1", "l2")
 
 
 class PairSampler:
@@ -54,14 +54,18 @@ class PairSampler:
         return self._t.to(u.device)[bucket], self._lam.to(u.device)[bucket], bucket
 
 
+def pair_coefficients(t: Tensor, lam: Tensor, schedule: VPSchedule = VPSchedule()) -> Tensor:
+    """sqrt(alpha_t), sqrt(1 - alpha_t), sqrt(lam): t, lam [B] -> [B, 3] in their dtype."""
+    return torch.stack([schedule.alpha(t), schedule.one_minus_alpha(t), lam], dim=1).sqrt()
+
+
 def noised(x0: Tensor, t: Tensor, lam: Tensor, e: Tensor, n: Tensor, schedule: VPSchedule = VPSchedule()) -> Tensor:
     """The network's input y = sqrt(alpha_t) x0 + sqrt(1 - alpha_t) e + sqrt(lam) n.
 
     x0, e, n: [B, ...], e and n independent N(0, I);  t, lam: [B].  float32 (float64 if x0 is).
     """
     x0 = _wide(x0)
-    variances = schedule.alpha(t), schedule.one_minus_alpha(t), lam
-    signal, noise, prox_noise = (v.sqrt().to(x0.dtype).reshape(-1, *[1] * (x0.dim() - 1)) for v in variances)
+    signal, noise, prox_noise = pair_coefficients(t, lam, schedule).to(x0.dtype).T.reshape(3, -1, *[1] * (x0.dim() - 1))
     return signal * x0 + noise * e + prox_noise * n
 
 
@@ -93,9 +97,7 @@ def proximal_matching_loss(eps: Tensor, n: Tensor, zeta: float = 1.0, kind: str 
     mse = sample_mse(eps, n)
     if kind == "l2":
         return mse
-    if not zeta > 0:
-        raise ValueError(f"zeta={zeta}: need a positive number")
-    return -torch.expm1(-mse / zeta**2)
+    return proximal_loss(mse, zeta)
 
 
 def sample_mse(eps: Tensor, n: Tensor) -> Tensor:

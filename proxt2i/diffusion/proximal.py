@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 import torch
 from torch import Tensor
 
-from ..ops import coefficients, philox_normal, prox_step
+from ..ops import philox_normal, prox_step, step_row
 from .plan import Plan
 from .schedule import VPSchedule
 
@@ -81,7 +81,7 @@ def step_rows(plan: Plan, scales: Sequence[float]) -> list[list[float]]:
         to_next = {} if i + 1 == plan.num_steps else dict(a=plan.a[i + 1], b=plan.b[i + 1], memory=plan.m[i + 1])
         clean_y = 1 / math.sqrt(plan.schedule.alpha(t))
         clean_eps = clean_y * (plan.schedule.one_minus_alpha(t) + lam) / math.sqrt(lam)
-        rows.append(coefficients(plan.rho[i] * math.sqrt(lam), guidance_scale=scale, clean_y=clean_y, clean_eps=clean_eps,
+        rows.append(step_row(plan.rho[i] * math.sqrt(lam), guidance_scale=scale, clean_y=clean_y, clean_eps=clean_eps,
                                  draw=i + 2, **to_next))
     return rows
 

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..ops import coefficients, philox_normal, prox_step
+from ..ops import philox_normal, prox_step, step_row
 from .matching import sample_mse
 from .plan import Grid, check_name, time_grid
 from .proximal import EpsFn, as_seeds, evaluate, per_step
@@ -131,7 +131,7 @@ def sample_score(
     for i, (t, a, c, b, scale) in enumerate(zip(plan.t, plan.a, plan.c, plan.b, per_step(guidance_scale, plan.num_steps))):
         eps_cond, eps_uncond = evaluate(eps_fn, x, t, 0.0, scale)
         # the fused step computes a (x - sqrt_lam eps) + b z
-        row = coefficients(c / a, guidance_scale=scale, a=a, b=b, draw=i + 1)
+        row = step_row(c / a, guidance_scale=scale, a=a, b=b, draw=i + 1)
         _, x_next, _ = prox_step(x, eps_cond, eps_uncond, row, seeds=seeds, impl=impl, want_x=False)
         if callback is not None:
             callback(i, x, x_next)

@@ -74,16 +74,17 @@ def box_muller(w0: torch.Tensor, w1: torch.Tensor) -> torch.Tensor:
     return torch.stack([radius * cos, radius * sin], dim=-1)
 
 
-def philox_words_ref(seeds: torch.Tensor, step: int, num_blocks: int) -> list[torch.Tensor]:
-    """The four words of blocks 0 ... num_blocks - 1 of each image: int64 [B, num_blocks] each."""
+def philox_words_ref(seeds: torch.Tensor, step: int | torch.Tensor, num_blocks: int) -> list[torch.Tensor]:
+    """The four words of blocks 0 ... num_blocks - 1 of each image: int64 [B, num_blocks] each. step: one, or int64 [B]."""
     block = torch.arange(num_blocks, device=seeds.device).expand(seeds.shape[0], -1)
-    low, high = torch.full_like(block, step & MASK), torch.full_like(block, step >> 32)
+    step = torch.as_tensor(step, device=seeds.device).reshape(-1, 1).expand_as(block)
+    low, high = step & MASK, step >> 32
     key = [(seeds & MASK)[:, None], ((seeds >> 32) & MASK)[:, None]]
     return philox4x32_10([block & MASK, block >> 32, low, high], key)
 
 
-def philox_normal_ref(seeds: torch.Tensor, step: int, count: int) -> torch.Tensor:
-    """Reference of the op: float32 [B, count]."""
+def philox_normal_ref(seeds: torch.Tensor, step: int | torch.Tensor, count: int) -> torch.Tensor:
+    """Reference of the op: float32 [B, count]. step: one, or int64 [B], one an image."""
     w0, w1, w2, w3 = philox_words_ref(seeds, step, (count + 3) // 4)
     z = torch.cat([box_muller(w0, w1), box_muller(w2, w3)], dim=-1)
     return z.flatten(1)[:, :count].float()

@@ -17,13 +17,13 @@ import torch
 from proxt2i.ops.native import native_available, use_native
 from proxt2i.ops.philox import check_seeds, philox_normal, philox_normal_ref
 
-__all__ = ["COEFFICIENTS", "coefficients", "native_available", "philox_normal", "prox_step", "prox_step_ref"]
+__all__ = ["COEFFICIENTS", "native_available", "philox_normal", "prox_step", "prox_step_ref"]
 
 EPS_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 COEFFICIENTS = ("guidance_scale", "sqrt_lam", "a", "b", "clean_y", "clean_eps", "memory", "draw")  # columns, as in csrc/common/op.h
 
 
-def coefficients(sqrt_lam: float, *, guidance_scale: float = 1.0, a: float = 1.0, b: float = 0.0, clean_y: float = 0.0,
+def step_row(sqrt_lam: float, *, guidance_scale: float = 1.0, a: float = 1.0, b: float = 0.0, clean_y: float = 0.0,
                  clean_eps: float = 0.0, memory: float = 0.0, draw: int = 0) -> list[float]:
     """The numbers of one step in the order of COEFFICIENTS (the module's w, sqrt(lambda), a, b, c_y, c_eps, m).
 
@@ -41,7 +41,7 @@ def prox_step(y: torch.Tensor, eps_cond: torch.Tensor, eps_uncond: torch.Tensor 
     """One proximal step: (x, y', D), each [B, ...] in y's dtype and contiguous, or None where it is not wanted (and costs nothing).
 
     y: float32 or float64 [B, ...].  eps_cond, eps_uncond: same shape; float32, float64, bfloat16 or float16; computed in y's dtype.
-    eps_uncond None: eps = eps_cond and guidance_scale is not used.  row: `coefficients`, float64 [8], or [B, 8] with one row an
+    eps_uncond None: eps = eps_cond and guidance_scale is not used.  row: `step_row`, float64 [8], or [B, 8] with one row an
     image.  clean: D', y's shape; None: no memory.  z is `noise` (y's shape) if given, else philox_normal(seeds, draw); an image
     with b == 0 draws nothing.  Differentiable in y, eps_cond, eps_uncond, clean and noise.
     ValueError, before any work, for tensors that do not fit together.

@@ -122,7 +122,7 @@ class Trainer:
             example = self.objective.example(part.latents, part.positions)
             text = self.objective.drop_captions(part.text, self.feed.null_text, part.positions)
             eps = self.engine(example.y, example.t, example.lam, text)
-            losses = self.objective.loss(eps, example.target, self.images_seen)
+            losses = self.objective.loss(eps, example, self.images_seen)
             self.engine.backward((losses * example.weight).mean())
             self.engine.step()
             self.meter.add_losses(losses.detach(), example.bucket)

@@ -9,22 +9,25 @@ import torch
 from torch import Tensor
 
 from proxt2i.config import DiffusionConfig
-from proxt2i.diffusion import PairSampler, TimeSampler, VPSchedule, expected_noise, noised, precondition, proximal_matching_loss, score_loss
-from proxt2i.ops import philox_normal
+from proxt2i.diffusion import PairSampler, TimeSampler, VPSchedule, pair_coefficients, precondition
+from proxt2i.ops import noised_pair, prox_matching_loss
 from proxt2i.training.randomness import DROPOUT, PAIR, sample_seeds, uniforms
 
 
 @dataclass(frozen=True)
 class Example:
-    """Network inputs and target. y, target: float32 [B, C, H, W]; t, lam, weight: float32 [B]; bucket: int64 [B] on the CPU.
+    """Network inputs, and what the loss makes the target of. x0, y: float32 [B, C, H, W]; t, lam, weight: float32 [B];
+    seeds: int64 [B]; coefficients: float32 [B, 3]; bucket: int64 [B] on the CPU.
 
     weight: factor of the sample's loss in the training objective.
     """
 
+    x0: Tensor
     y: Tensor
     t: Tensor
     lam: Tensor
-    target: Tensor
+    seeds: Tensor
+    coefficients: Tensor
     weight: Tensor
     bucket: Tensor
 
@@ -49,22 +52,19 @@ class Objective:
         t, lam, bucket = self.pairs.draw(torch.from_numpy(uniforms(seeds, PAIR)))
         if self.is_score and self.config.score_times == "pairs":  # the same noise, asked as a score: y / sqrt(1 + lam) at tau
             t, lam = self.schedule.tau(t, lam), torch.zeros_like(lam)
-        seeds = torch.from_numpy(seeds).to(x0.device)
-        t, lam = t.to(x0.device), lam.to(x0.device)
-        e = philox_normal(seeds, 0, x0.shape[1:])
-        n = e if self.is_score else philox_normal(seeds, 1, x0.shape[1:])  # the score's lam is 0: n has no weight
-        y = noised(x0, t, lam, e, n, self.schedule)
+        seeds, t, lam = torch.from_numpy(seeds).to(x0.device), t.to(x0.device), lam.to(x0.device)
+        coefficients = pair_coefficients(t, lam, self.schedule)
+        y = noised_pair(x0, seeds, coefficients)
         weight = precondition(t, lam, self.schedule)[1].pow(-2 * self.config.weight_power)
-        expected = self.config.target == "expected" and not self.is_score
-        target = expected_noise(x0, y, t, lam, self.schedule) if expected else n
-        return Example(y, t, lam, target, weight, bucket)
+        return Example(x0, y, t, lam, seeds, coefficients, weight, bucket)
 
-    def loss(self, eps: Tensor, target: Tensor, images_seen: int) -> Tensor:
+    def loss(self, eps: Tensor, example: Example, images_seen: int) -> Tensor:
         """Loss of each sample, not weighted: float32 [B]."""
+        target, kind = self.config.target, "l1" if images_seen < self.config.l1_images else "prox"
         if self.is_score:
-            return score_loss(eps, target)
-        kind = "l1" if images_seen < self.config.l1_images else "prox"
-        return proximal_matching_loss(eps, target, self.config.zeta, kind)
+            target, kind = "diffusion_noise", "l2"
+        return prox_matching_loss(eps, example.x0, example.y, example.seeds, example.coefficients, target=target, kind=kind,
+                                  zeta=self.config.zeta)[0]
 
     def drop_captions(self, text: list[Tensor], null_text: list[Tensor], positions: Tensor) -> list[Tensor]:
         """Replace a share `caption_dropout` of the embeddings [B, L_i, D_i] by the empty caption's [1, L_i, D_i]."""

@@ -5,7 +5,7 @@ import itertools
 import pytest
 import torch
 
-from proxt2i.ops import coefficients
+from proxt2i.ops import step_row
 from proxt2i.ops.prox_step import COEFFICIENTS
 
 CPU, CUDA = torch.ops.proxt2i, torch.ops.proxt2i_emulated
@@ -33,7 +33,7 @@ def tensors(shape, dtype, eps_dtype):
 
 def table(shape, per_image):
     """float64 rows: one for all, or one an image, of which every other draws no noise."""
-    row = torch.tensor(coefficients(0.8, guidance_scale=2.5, a=1.2, b=0.6, clean_y=1.1, clean_eps=0.7, memory=0.4, draw=2**33 + 1)).double()
+    row = torch.tensor(step_row(0.8, guidance_scale=2.5, a=1.2, b=0.6, clean_y=1.1, clean_eps=0.7, memory=0.4, draw=2**33 + 1)).double()
     if not per_image:
         return row
     rows = row.repeat(shape[0], 1)
@@ -65,7 +65,7 @@ def test_philox_normal(count):
 def test_images_and_elements_beyond_the_largest_grid_are_reached_by_striding(order):
     if order == "reverse":
         pytest.skip("the kernels have no barriers, and this is slow")
-    row = torch.tensor(coefficients(0.5)).double()
+    row = torch.tensor(step_row(0.5)).double()
     for shape in ((65535 + 5, 1),  # max_grid_y + 5 images
                   (1, 4096 * 256 * 4 + 1027)):  # max_grid_x blocks of 256 threads, four elements each
         arguments = (torch.randn(shape), torch.randn(shape).bfloat16(), None, None, None, None, row, True, False, False)

@@ -1,0 +1,113 @@
+"""Times the fused training operators, forward and backward, against eager torch as one writes it, in one process.
+
+    python benchmarks/ops.py [--shape 8 16 64 64] [--threads 2] [--repeats 40] [--device cpu] [--out FILE.json]
+
+matching   a training example and its loss. fused: noised_pair and prox_matching_loss. eager: torch.randn for both noises, the noised
+           latents, the expected noise, and the loss 1 - exp(-mse / zeta^2)
+log-ratio  likelihood ratio of a transition (guided network outputs, noise drawn again from seeds) and the divergence from a reference
+           network. fused: transition_log_ratio. eager: the means of the three networks, torch.distributions.Normal's log_prob of the
+           stored next state under the new and the old one, kl_divergence from the third. "without kl": no reference network
+
+Backward gives the gradients of the network outputs. Fused and eager take turns, so that other work on the machine hits them alike;
+times are medians. Ratios are times divided by the fused one's.
+"""
+
+import argparse
+import json
+import platform
+import statistics
+from pathlib import Path
+
+import torch
+from prox_step import measure
+from torch.distributions import Normal, kl_divergence
+
+from proxt2i import _C
+from proxt2i.ops import noised_pair, prox_matching_loss, transition_log_ratio
+
+GUIDANCE, ZETA = 2.0, 1.0
+A, B, RHO, SQRT_LAM = 1.2, 0.6, 1.0, 0.8
+
+
+def matching(shape: tuple[int, ...], device: str) -> dict:
+    """name -> function of no arguments that makes an example, scores an answer and differentiates."""
+    x0, eps = torch.randn(shape, device=device), torch.randn(shape, device=device, requires_grad=True)
+    seeds = torch.arange(shape[0], device=device)
+    coefficients = torch.tensor([0.8, 0.6, 0.9], device=device).repeat(shape[0], 1)
+    columns = [column.reshape(-1, *[1] * (len(shape) - 1)) for column in coefficients.T]
+
+    def fused():
+        y = noised_pair(x0, seeds, coefficients, impl="native")
+        loss, _ = prox_matching_loss(eps, x0, y, seeds, coefficients, target="expected", zeta=ZETA, impl="native")
+        return torch.autograd.grad(loss.mean(), eps)
+
+    def eager():
+        signal, noise, prox = columns
+        y = signal * x0 + noise * torch.randn_like(x0) + prox * torch.randn_like(x0)
+        target = prox / (noise**2 + prox**2) * (y - signal * x0)
+        loss = 1 - torch.exp(-(eps - target).square().flatten(1).mean(1) / ZETA**2)
+        return torch.autograd.grad(loss.mean(), eps)
+
+    return {"fused": fused, "eager": eager}
+
+
+def log_ratio(shape: tuple[int, ...], device: str, with_kl: bool) -> dict:
+    """name -> function of no arguments that computes ratio (and kl) of a transition and differentiates."""
+    y, eps_old, eps_ref = (torch.randn(shape, device=device) for _ in range(3))
+    eps_cond, eps_uncond = (eps_old + 0.01 * torch.randn(shape, device=device) for _ in range(2))
+    leaves = eps_cond.requires_grad_(), eps_uncond.requires_grad_()
+    seeds, steps = torch.arange(shape[0], device=device), torch.ones(shape[0], dtype=torch.int64, device=device)
+    scale = torch.full((shape[0],), A * RHO * SQRT_LAM / B, device=device)
+    next_y = A * (y - RHO * SQRT_LAM * eps_old) + B * torch.randn(shape, device=device)
+
+    def fused():
+        ratio, kl = transition_log_ratio(eps_cond, eps_uncond, eps_old, eps_ref if with_kl else None, scale=scale,
+                                         guidance_scale=GUIDANCE, seeds=seeds, steps=steps, impl="native")
+        return torch.autograd.grad((ratio - 0.1 * kl).sum() if with_kl else ratio.sum(), leaves)
+
+    def eager():
+        eps = eps_uncond + GUIDANCE * (eps_cond - eps_uncond)
+        new, old, ref = (Normal(A * (y - RHO * SQRT_LAM * e), B, validate_args=False) for e in (eps, eps_old, eps_ref))
+        result = (new.log_prob(next_y) - old.log_prob(next_y)).flatten(1).sum(1)
+        if with_kl:
+            result = result - 0.1 * kl_divergence(new, ref).flatten(1).sum(1)
+        return torch.autograd.grad(result.sum(), leaves)
+
+    return {"fused": fused, "eager": eager}
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--shape", type=int, nargs="+", default=[8, 16, 64, 64], help="batch first (default: 8 16 64 64)")
+    parser.add_argument("--threads", type=int, default=None, help="torch.set_num_threads (default: torch's own choice)")
+    parser.add_argument("--repeats", type=int, default=40)
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
+    parser.add_argument("--out", type=Path, help="write the result as JSON")
+    args = parser.parse_args()
+    if args.device == "cuda" and not (torch.cuda.is_available() and _C.build_info()["cuda"]):
+        parser.error("--device cuda needs a GPU and an extension built with CUDA kernels (make gpu-check)")
+    if args.threads:
+        torch.set_num_threads(args.threads)
+
+    torch.manual_seed(0)
+    shape = tuple(args.shape)
+    cases = {"matching": matching(shape, args.device), "log-ratio": log_ratio(shape, args.device, True),
+             "log-ratio without kl": log_ratio(shape, args.device, False)}
+    result = {"shape": args.shape, "dtype": "float32", "device": args.device, "threads": torch.get_num_threads(),
+              "device_name": torch.cuda.get_device_name() if args.device == "cuda" else platform.processor() or platform.machine(),
+              "repeats": args.repeats, "torch": torch.__version__, "build": _C.build_info(), "median_ms": {}, "min_ms": {}, "ratio": {}}
+    for name, functions in cases.items():
+        times = measure(functions, args.repeats, args.device)
+        seconds = {key: statistics.median(values) for key, values in times.items()}
+        result["median_ms"][name] = {key: 1e3 * value for key, value in seconds.items()}
+        result["min_ms"][name] = {key: 1e3 * min(values) for key, values in times.items()}
+        result["ratio"][name] = seconds["eager"] / seconds["fused"]
+        print(f"{name:21s} fused {1e3 * seconds['fused']:8.3f} ms   eager {1e3 * seconds['eager']:8.3f} ms   "
+              f"{result['ratio'][name]:5.1f}x")
+    if args.out:
+        args.out.parent.mkdir(parents=True, exist_ok=True)
+        args.out.write_text(json.dumps(result, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()
