@@ -18,6 +18,7 @@ from torch.utils.checkpoint import checkpoint
 
 from ..diffusion.precondition import precondition
 from ..diffusion.schedule import VPSchedule
+from ..ops import attention
 
 LAMBDA_FLOOR = 1e-4  # lambda below it (the score baseline passes 0) reads as this value; plans stay far above
 
@@ -31,11 +32,6 @@ PRESETS: dict[str, dict] = {
     "L": dict(_LATENT_256, embed_dim=1024, depth=20, num_heads=16),
     "H": dict(_LATENT_256, embed_dim=1152, depth=28, num_heads=16),
 }
-
-
-def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """Softmax attention without mask: q [B, Lq, H, d], k and v [B, L, H, d] -> [B, Lq, H, d]."""
-    return F.scaled_dot_product_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)).transpose(1, 2)
 
 
 def sinusoid(values: Tensor, dim: int, max_period: float = 1e4) -> Tensor:
@@ -60,35 +56,20 @@ class ScalarEmbedding(nn.Module):
         return self.fc2(F.silu(self.fc1(features))).unsqueeze(1)
 
 
-class HeadNorm(nn.RMSNorm):
-    """RMSNorm over the head dimension in the input's dtype (autocast would mix dtypes, which is slow)."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        return F.rms_norm(x, self.normalized_shape, self.weight.to(x.dtype), self.eps).to(x.dtype)
-
-
 class Attention(nn.Module):
     def __init__(self, dim: int, num_heads: int, qk_norm: bool):
         super().__init__()
         self.head_dim = dim // num_heads
         self.qkv = nn.Linear(dim, 3 * dim, bias=False)
-        self.q_norm = HeadNorm(self.head_dim, eps=1e-6) if qk_norm else None
-        self.k_norm = HeadNorm(self.head_dim, eps=1e-6) if qk_norm else None
+        self.q_norm = nn.RMSNorm(self.head_dim, eps=1e-6) if qk_norm else None
+        self.k_norm = nn.RMSNorm(self.head_dim, eps=1e-6) if qk_norm else None
         self.proj = nn.Linear(dim, dim)
 
     def forward(self, x: Tensor, num_queries: int | None = None) -> Tensor:
         """x [B, L, D] -> [B, L, D], or [B, num_queries, D]: only the last `num_queries` tokens ask."""
-        dim = x.shape[-1]
-        if num_queries is None:
-            q, k, v = self.qkv(x).split(dim, dim=-1)
-        else:
-            q_weight, kv_weight = self.qkv.weight.split([dim, 2 * dim])
-            q = F.linear(x[:, -num_queries:], q_weight)
-            k, v = F.linear(x, kv_weight).split(dim, dim=-1)
-        q, k, v = (z.unflatten(-1, (-1, self.head_dim)) for z in (q, k, v))
-        if self.q_norm is not None:
-            q, k = self.q_norm(q), self.k_norm(k)
-        return self.proj(attention(q, k, v).flatten(2))
+        qkv = self.qkv(x).unflatten(-1, (3, -1, self.head_dim))
+        norms = {} if self.q_norm is None else dict(q_weight=self.q_norm.weight, k_weight=self.k_norm.weight, norm_eps=self.q_norm.eps)
+        return self.proj(attention(qkv, num_queries=num_queries, **norms).flatten(2))
 
 
 class Mlp(nn.Module):

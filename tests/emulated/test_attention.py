@@ -58,7 +58,7 @@ def test_error_at_most_twice_that_of_plain_torch(case, dtype, normalised, order)
         assert ours_.dtype == (dtype if i < 2 else torch.float32) and ours_.shape == true.shape
         error, allowed = (ours_ - true).abs(), (plain_ - true).abs()
         # plain torch is exact where there is one key or one row: never ask for less than a rounding of the largest
-        floor = torch.finfo(dtype).eps * max(float(true.abs().max()), 1e-3)
+        floor = torch.finfo(dtype).eps * max(float(true.abs().max()), 1e-2)
         assert error.max() <= max(2 * allowed.max(), floor) and error.mean() <= max(2 * allowed.mean(), floor / 10)
 
 

@@ -1,0 +1,127 @@
+"""Attention on packed qkv: against its definition, and which implementation a shape gets. The native kernels: tests/emulated/test_attention.py,
+and on a GPU below."""
+
+import importlib
+import math
+
+import pytest
+import torch
+
+from proxt2i.ops import attention, native_available
+from proxt2i.ops.attention import HEAD_DIMS, _table, attention_ref, preferred, why_not_native
+
+module = importlib.import_module("proxt2i.ops.attention")  # the package has the function under that name
+needs_gpu = pytest.mark.skipif(not (torch.cuda.is_available() and native_available("cuda")),
+                               reason="needs a GPU and an extension with CUDA kernels")
+
+
+def packed(batch=2, tokens=9, heads=3, dim=8, dtype=torch.float32, device="cpu"):
+    qkv = torch.randn(batch, tokens, 3, heads, dim, generator=torch.Generator().manual_seed(tokens))
+    return qkv.to(device, dtype)
+
+
+@pytest.mark.parametrize("impl", [None, "sdpa", "ref"])
+@pytest.mark.parametrize("num_queries", [None, 4, 0])
+def test_it_is_softmax_attention(impl, num_queries):
+    qkv = packed()
+    q, k, v = (part.squeeze(2) for part in qkv.split(1, dim=2))
+    q = q[:, 9 - (9 if num_queries is None else num_queries) :]
+    weights = (torch.einsum("bqhd,bkhd->bhqk", q, k) / math.sqrt(8)).softmax(-1)
+    torch.testing.assert_close(attention(qkv, num_queries=num_queries, impl=impl), torch.einsum("bhqk,bkhd->bqhd", weights, v))
+
+
+@pytest.mark.parametrize("impl", [None, "sdpa", "ref"])
+def test_tokens_beyond_the_length_are_not_attended_to(impl):
+    qkv, lengths = packed(batch=3), torch.tensor([9, 4, 0])
+    out = attention(qkv, key_lengths=lengths, impl=impl)
+    torch.testing.assert_close(out[0], attention(qkv[:1])[0])
+    cut = qkv[1:2].clone()
+    cut[:, 4:, 1:] = 1e3 * torch.randn(1, 5, 2, 3, 8)
+    torch.testing.assert_close(attention(cut, key_lengths=lengths[1:2], impl=impl)[0], out[1])
+    short = torch.cat([qkv[1:2, :4], qkv[1:2, 8:]], dim=1)[:, :4]
+    torch.testing.assert_close(attention(short)[0], out[1, :4])
+    assert not out[2].any()
+
+
+@pytest.mark.parametrize("impl", ["sdpa", "ref"])
+def test_qk_norm(impl):
+    qkv, weights = packed(), torch.rand(2, 8) + 0.5
+    expected = qkv.clone()
+    for i, weight in enumerate(weights):
+        expected[:, :, i] = weight * qkv[:, :, i] / (qkv[:, :, i].square().mean(-1, keepdim=True) + 1e-6).sqrt()
+    torch.testing.assert_close(attention(qkv, q_weight=weights[0], k_weight=weights[1], impl=impl), attention(expected))
+
+
+@pytest.mark.parametrize("impl", ["sdpa", "ref"])
+def test_gradcheck(impl):
+    qkv = packed(tokens=4, heads=2, dim=3, dtype=torch.float64).requires_grad_()
+    weights = [(torch.rand(3, dtype=torch.float64) + 0.5).requires_grad_() for _ in range(2)]
+    lengths = torch.tensor([4, 2])
+
+    def run(qkv, q_weight, k_weight):
+        return attention(qkv, key_lengths=lengths, num_queries=3, q_weight=q_weight, k_weight=k_weight, impl=impl)
+
+    assert torch.autograd.gradcheck(run, (qkv, *weights))
+
+
+def test_wrong_inputs_are_refused():
+    qkv = packed()
+    cases = [
+        (dict(qkv=qkv[:, :, :2]), "qkv must have shape"), (dict(qkv=qkv[0]), "qkv must have shape"), (dict(num_queries=10), "num_queries=10"),
+        (dict(num_queries=-1), "num_queries=-1"), (dict(key_lengths=torch.tensor([3])), "key_lengths must be int64"),
+        (dict(key_lengths=torch.tensor([3.0, 2.0])), "key_lengths must be int64"), (dict(q_weight=torch.ones(8)), "both"),
+        (dict(q_weight=torch.ones(7), k_weight=torch.ones(7)), "both"), (dict(impl="fast"), "impl must be"),
+        (dict(impl="native"), "impl='native': the native kernels are for CUDA"),
+    ]
+    for change, message in cases:
+        options = dict(qkv=qkv) | change
+        with pytest.raises(ValueError, match=message):
+            attention(options.pop("qkv"), **options)
+
+
+def test_the_table_decides_where_the_kernels_would_do(monkeypatch):
+    """On a card that the table does not name torch's kernels run; on one that it does, the nearest number of tokens decides."""
+    qkv = torch.empty(1, 450, 3, 1, 72, dtype=torch.bfloat16, device="meta")
+    monkeypatch.setattr(module, "why_not_native", lambda qkv: None)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Card")
+    monkeypatch.setattr(module, "_table", lambda: {"Card": {"72": {"256": "sdpa", "463": "native"}}})
+    fake = type("", (), {"device": torch.device("cuda"), "shape": qkv.shape, "dtype": qkv.dtype})()
+    assert preferred(fake, 450) == "native" and preferred(qkv, 450) == "sdpa"
+    fake.shape = (1, 100, 3, 1, 72)
+    assert preferred(fake, 100) == "sdpa"
+    monkeypatch.setattr(module, "_table", lambda: {"Another": {"72": {"463": "native"}}})
+    assert preferred(fake, 100) == "sdpa"
+
+
+def test_the_committed_table_names_only_what_there_is():
+    for rows in _table().values():
+        assert set(rows) <= {str(dim) for dim in HEAD_DIMS}
+        assert {choice for row in rows.values() for choice in row.values()} <= {"native", "sdpa"}
+
+
+@needs_gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("normalised", [False, True], ids=["plain", "qk-norm"])
+@pytest.mark.parametrize("tokens, dim, queries, lengths", [(463, 72, 463, None), (333, 64, 100, [333, 17]), (200, 128, 200, [1, 200]), (1, 72, 1, None)])
+def test_native_error_at_most_twice_that_of_plain_torch(tokens, dim, queries, lengths, normalised, dtype):
+    qkv, lengths = packed(2, tokens, 2, dim, dtype, "cuda"), None if lengths is None else torch.tensor(lengths, device="cuda")
+    weights = [torch.rand(dim, device="cuda") + 0.5 for _ in range(2)] if normalised else []
+    grad = torch.randn(2, queries, 2, dim, device="cuda").to(dtype)
+    assert why_not_native(qkv) is None
+
+    def gradients(run, dtype, of_weights=None):
+        leaves = [t.detach().to(kind, copy=True).requires_grad_() for t, kind in zip([qkv, *weights], [dtype] + [of_weights or dtype] * 2)]
+        out = run(*leaves)
+        out.backward(grad.to(dtype))
+        return out.detach(), *(leaf.grad for leaf in leaves)
+
+    def native(qkv, q_weight=None, k_weight=None):
+        return attention(qkv, key_lengths=lengths, num_queries=queries, q_weight=q_weight, k_weight=k_weight, impl="native")
+
+    def plain(*leaves):
+        return attention_ref(leaves[0], lengths, queries, *leaves[1:])
+
+    for ours, theirs, true in zip(gradients(native, dtype, torch.float32), gradients(plain, dtype), gradients(plain, torch.float64), strict=True):
+        error, allowed, floor = (ours - true).abs(), (theirs - true).abs(), torch.finfo(dtype).eps * max(float(true.abs().max()), 1e-2)
+        assert error.max() <= max(2 * allowed.max(), floor) and error.mean() <= max(2 * allowed.mean(), floor / 10)
+    assert all(torch.equal(a, b) for a, b in zip(gradients(native, dtype, torch.float32), gradients(native, dtype, torch.float32)))
