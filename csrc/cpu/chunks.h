@@ -18,15 +18,18 @@ constexpr int64_t chunks_per_thread = 16;  // at least, so that small calls stay
 
 static_assert(chunk_size == 4 * max_normal_blocks);
 
-// Draw `step` of a seed for a chunk at this offset of its image; the first `length` of z are wanted.
+// Draw `step` of a seed for a chunk at this offset of its image; the first `length` of z are wanted. ahead: memory to ask for meanwhile.
 template <Isa isa>
-static PROXT2I_INLINE void draw_chunk(int64_t seed, int64_t step, int64_t offset, int64_t length, float (&z)[chunk_size]) {
-  draw_normals<isa>(static_cast<uint64_t>(seed), static_cast<uint64_t>(step), static_cast<uint64_t>(offset / 4), (length + 3) / 4, z);
+static PROXT2I_INLINE void draw_chunk(int64_t seed, int64_t step, int64_t offset, int64_t length, float (&z)[chunk_size],
+                                      const Ahead& ahead = {}) {
+  draw_normals<isa>(static_cast<uint64_t>(seed), static_cast<uint64_t>(step), static_cast<uint64_t>(offset / 4), (length + 3) / 4, z,
+                    ahead);
 }
 template <Isa isa>
-static PROXT2I_INLINE void draw_chunk(int64_t seed, int64_t step, int64_t offset, int64_t length, double (&z)[chunk_size]) {
+static PROXT2I_INLINE void draw_chunk(int64_t seed, int64_t step, int64_t offset, int64_t length, double (&z)[chunk_size],
+                                      const Ahead& ahead = {}) {
   float drawn[chunk_size];
-  draw_chunk<isa>(seed, step, offset, length, drawn);
+  draw_chunk<isa>(seed, step, offset, length, drawn, ahead);
 #pragma omp simd
   for (int64_t i = 0; i < length; ++i) z[i] = drawn[i];
 }

@@ -7,12 +7,6 @@
 namespace proxt2i {
 namespace {
 
-// Asks for the cache lines of the chunk after this one, so that they arrive while this one's noise is computed.
-template <typename T>
-PROXT2I_INLINE void prefetch_next(const T* chunk) {
-  for (int64_t i = 0; i < chunk_size; i += 64 / static_cast<int64_t>(sizeof(T))) __builtin_prefetch(chunk + chunk_size + i);
-}
-
 template <typename T, typename E>
 struct Step : StepArgs<T, E> {
   template <Isa isa>
@@ -21,12 +15,9 @@ struct Step : StepArgs<T, E> {
     const StepRow<T> row = this->row(image);
     const T* y = this->y + at;
     const E* eps_cond = this->eps_cond + at;
-    prefetch_next(y);
-    prefetch_next(eps_cond);
     T eps[chunk_size], x[chunk_size];
     if (this->eps_uncond != nullptr) {
       const E* eps_uncond = this->eps_uncond + at;
-      prefetch_next(eps_uncond);
 #pragma omp simd
       for (int64_t i = 0; i < length; ++i) {
         eps[i] = guide(static_cast<T>(widen(eps_cond[i])), static_cast<T>(widen(eps_uncond[i])), row.guidance_scale);
@@ -54,6 +45,17 @@ struct Step : StepArgs<T, E> {
     __builtin_memcpy(this->y_next + at, x, bytes);
   }
 
+  // What the chunk after this one reads and writes.
+  PROXT2I_INLINE Ahead next_chunk(int64_t image, int64_t offset) const {
+    const int64_t at = image * this->per_image + offset + chunk_size;
+    Ahead ahead;
+    ahead.add(this->y + at, chunk_size);
+    ahead.add(this->eps_cond + at, chunk_size);
+    if (this->eps_uncond != nullptr) ahead.add(this->eps_uncond + at, chunk_size);
+    ahead.add(this->y_next + at, chunk_size);
+    return ahead;
+  }
+
   template <Isa isa>
   PROXT2I_INLINE void renoise_chunk(const StepRow<T>& row, int64_t image, int64_t offset, int64_t length, T* x) const {
     if (row.b == 0 || (this->noise == nullptr && this->seeds == nullptr)) {
@@ -66,7 +68,7 @@ struct Step : StepArgs<T, E> {
     if (this->noise != nullptr) {
       z = this->noise + image * this->per_image + offset;
     } else {
-      draw_chunk<isa>(this->seeds[image], static_cast<int64_t>(row.draw), offset, length, drawn);
+      draw_chunk<isa>(this->seeds[image], static_cast<int64_t>(row.draw), offset, length, drawn, next_chunk(image, offset));
     }
 #pragma omp simd
     for (int64_t i = 0; i < length; ++i) x[i] = renoise(x[i], z[i], row.a, row.b);
