@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from .diffusion import VPSchedule, guidance_scales, guided, make_plan, sample
+from .diffusion import VPSchedule, guidance_scales, guided, make_plan, prox_from_eps, sample
 from .diffusion.plan import Plan
 from .images import to_uint8
 from .models.bundle import Bundle, Settings
@@ -83,6 +83,8 @@ def generate(
     with tqdm(total=len(prompts), desc="sampling", unit="image", disable=not progress) as bar:
         for chosen in torch.arange(len(prompts), device=device).split(batch_size):
             eps_fn = guided(bundle.uvit, [e[row[chosen]] for e in text], null_text)
+            if bundle.settings.objective == "score":
+                eps_fn = prox_from_eps(eps_fn, steps.schedule)
             latents = sample(eps_fn, steps, shape, seeds[chosen], guidance_scale=scales, callback=callback)
             images = bundle.codec.decode(latents)
             pictures.append(to_uint8(images).cpu())

@@ -20,6 +20,7 @@ from safetensors.torch import load_file
 from proxt2i.config import DiffusionConfig, OptimConfig, TrainConfig, load_config
 from proxt2i.diffusion import expected_noise, noised, proximal_matching_loss, score_loss
 from proxt2i.ops import philox_normal
+from proxt2i.pipeline import generate, plan_of
 from proxt2i.training import distributed, engine as engines
 from proxt2i.training.checkpoint import check_intact
 from proxt2i.training.ema import EMA
@@ -145,12 +146,33 @@ def test_a_run_learns_and_leaves_everything_behind(settings, ranks, tmp_path):
     assert bundle.settings.num_steps == 4 and bundle.text(["a red square"])[0].shape == (1, 4, 16)
 
 
-def test_the_score_baseline_and_streamed_images_train_too(settings, ranks):
-    trainer = make_trainer(settings, ranks, diffusion__objective="score", data__cache_latents="false", data__workers=0,
-                           data__flip="true", train__images=64)
+@pytest.mark.parametrize("times, bucket", [("uniform", "loss/t0."), ("pairs", "loss/N4")])
+def test_the_score_baseline_and_streamed_images_train_too(settings, ranks, times, bucket):
+    trainer = make_trainer(settings, ranks, diffusion__objective="score", diffusion__score_times=times, data__cache_latents="false",
+                           data__workers=0, data__flip="true", train__images=64)
     assert trainer.run() == 0
     row = json.loads((trainer.run_dir / "stats.jsonl").read_text().splitlines()[-1])
-    assert 0 < row["loss"] < 5 and any(key.startswith("loss/t0.") for key in row)
+    assert 0 < row["loss"] < 5 and any(key.startswith(bucket) for key in row)
+
+    # its model folder says what it is, and sampling asks it accordingly: for all the noise (lam = 0), at the pairs' times
+    from proxt2i.models.bundle import load_bundle
+
+    bundle, asked = load_bundle(trainer.run_dir / "model"), []
+    bundle.uvit.register_forward_pre_hook(lambda module, args: asked.append(args[1:3]))
+    generate(bundle, ["a red square"], [0], num_steps=4, guidance_scale=1.0)
+    assert bundle.settings.objective == "score" and all((lam == 0).all() for _, lam in asked)
+    assert [t.item() for t, _ in asked] == pytest.approx(plan_of(bundle.settings, 4).tau, rel=1e-5)
+
+
+def test_score_training_on_the_pairs_levels():
+    """The network sees the same noise at the same times as the prox's would be, and its share of the draws."""
+    prox, score = (Objective(DiffusionConfig(objective=kind, score_times="pairs"), 0) for kind in ("prox", "score"))
+    x0, positions = torch.randn(64, 4, 2, 2), torch.arange(64)
+    ours, theirs = score.example(x0, positions), prox.example(x0, positions)
+    torch.testing.assert_close(ours.t, prox.schedule.tau(theirs.t, theirs.lam))
+    assert not ours.lam.any() and torch.equal(ours.bucket, theirs.bucket)
+    signal = torch.stack([ours.coefficients[:, 0], theirs.coefficients[:, 0] / (1 + theirs.lam).sqrt()])
+    torch.testing.assert_close(signal[0], signal[1], rtol=1e-4, atol=1e-6)
 
 
 def test_gradient_accumulation_gives_the_same_weights(settings, ranks, tmp_path):

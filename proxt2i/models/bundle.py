@@ -16,6 +16,7 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
+from ..config import OBJECTIVES
 from .files import atomic_folder, check_component, check_safetensors, read_json, require_folder
 from .text import TextEncoder
 from .uvit import UViT2DModel
@@ -36,6 +37,7 @@ class Settings:
     beta_max: float = 20.0
     grid: str = "uniform"
     guidance_below: float = 0.35  # guide only steps with the noise of a time up to this one (1: all, 0: the last)
+    objective: str = "prox"  # what the network was trained as: prox, or score (it is then asked for proxes through the exact equivalence)
 
 
 @dataclass
@@ -142,7 +144,10 @@ def load_settings(folder: Path) -> Settings:
         if type(value) is not known[key]:
             raise ValueError(f"{path}: {key} must be a {known[key].__name__}, not {value!r}")
         values[key] = value
-    return Settings(**values)
+    settings = Settings(**values)
+    if settings.objective not in OBJECTIVES:
+        raise ValueError(f"{path}: objective must be one of {', '.join(OBJECTIVES)}, not {settings.objective!r}")
+    return settings
 
 
 def save_bundle(folder: Path | str, bundle: Bundle, with_components: bool = True) -> None:

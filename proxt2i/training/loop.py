@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 
 from proxt2i.config import Config, to_yaml
-from proxt2i.models.bundle import Bundle, Settings, load_weights, save_bundle
+from proxt2i.models.bundle import Bundle, load_weights, save_bundle
 from proxt2i.models.uvit import UViT2DModel, build_uvit
 from proxt2i.training import distributed, engine as engines
 from proxt2i.training.checkpoint import Checkpoint, CheckpointStore, replace_text
@@ -20,7 +20,7 @@ from proxt2i.training.ema import EMA
 from proxt2i.training.feed import Feed
 from proxt2i.training.meter import Meter
 from proxt2i.training.objective import Objective
-from proxt2i.training.preview import draw_grid
+from proxt2i.training.preview import draw_grid, settings_of
 from proxt2i.training.tracking import Tracker
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
@@ -171,7 +171,7 @@ class Trainer:
     def _sample(self) -> None:
         if self.ranks.is_first:
             with torch.autocast(self.ranks.device.type, torch.bfloat16, enabled=self.bf16):
-                grid = draw_grid(self.ema.model, self.feed.text, self.feed.codec, self.config)
+                grid = draw_grid(self._bundle(), self.config.sample)
             self.tracker.grid(self.images_seen, grid)
 
     def save(self) -> None:
@@ -190,11 +190,12 @@ class Trainer:
         """Export the averaged weights with the frozen components as a model folder."""
         if not self.ranks.is_first:
             return
-        diffusion, sample = self.config.diffusion, self.config.sample
-        settings = Settings(sample.plan, sample.steps, sample.guidance, diffusion.beta_min, diffusion.beta_max, diffusion.grid, sample.guidance_below)
-        save_bundle(self.run_dir / "model",
-                    Bundle(self.ema.model, self.feed.text, self.feed.codec, settings, self.feed.components))
+        save_bundle(self.run_dir / "model", self._bundle())
         self._say(f"finished {self.images_seen:,} images; model: {self.run_dir / 'model'}")
+
+    def _bundle(self) -> Bundle:
+        """The averaged weights with the frozen components."""
+        return Bundle(self.ema.model, self.feed.text, self.feed.codec, settings_of(self.config), self.feed.components)
 
     # -- set-up -------------------------------------------------------------------------------------------------------
 

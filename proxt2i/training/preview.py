@@ -3,28 +3,21 @@
 from __future__ import annotations
 
 import numpy as np
-import torch
 
-from proxt2i.config import Config
-from proxt2i.diffusion import VPSchedule, guidance_scales, guided, make_plan, sample, sample_score, score_plan
-from proxt2i.images import to_uint8
+from proxt2i.config import Config, SampleConfig
+from proxt2i.models.bundle import Bundle, Settings
+from proxt2i.pipeline import generate
 
 
-@torch.no_grad()
-def draw_grid(uvit, text_encoder, codec, config: Config) -> np.ndarray:
-    """uint8 [prompts, per_prompt, H, W, 3] by the sample section of the config (DDIM for the score baseline)."""
+def settings_of(config: Config) -> Settings:
+    """How the run's model is to be sampled: the sample section of the config, on the diffusion that it is trained for."""
     diffusion, how = config.diffusion, config.sample
+    return Settings(how.plan, how.steps, how.guidance, diffusion.beta_min, diffusion.beta_max, diffusion.grid, how.guidance_below,
+                    diffusion.objective)
+
+
+def draw_grid(bundle: Bundle, how: SampleConfig) -> np.ndarray:
+    """uint8 [prompts, per_prompt, H, W, 3]."""
     prompts = [prompt for prompt in how.prompts for _ in range(how.per_prompt)]
-    schedule = VPSchedule(diffusion.beta_min, diffusion.beta_max)
-    device = next(uvit.parameters()).device
-    seeds = torch.arange(how.seed, how.seed + len(prompts), device=device)
-    eps_fn = guided(uvit, text_encoder(prompts), text_encoder([""]))
-    shape = (uvit.config.in_channels, uvit.config.sample_size, uvit.config.sample_size)
-    if diffusion.objective == "score":
-        plan = score_plan("ddim", how.steps, schedule, diffusion.grid)
-        latents = sample_score(eps_fn, plan, shape, seeds, guidance_scale=guidance_scales(plan.t, how.guidance, how.guidance_below))
-    else:
-        plan = make_plan(how.plan, how.steps, schedule, diffusion.grid)
-        latents = sample(eps_fn, plan, shape, seeds, guidance_scale=guidance_scales(plan.tau, how.guidance, how.guidance_below))
-    images = to_uint8(codec.decode(latents)).permute(0, 2, 3, 1).cpu().numpy()
+    images = generate(bundle, prompts, range(how.seed, how.seed + len(prompts))).permute(0, 2, 3, 1).numpy()
     return images.reshape(len(how.prompts), how.per_prompt, *images.shape[1:])
