@@ -27,7 +27,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("prompt", nargs="*", help="one or several prompts, each in quotes")
     parser.add_argument("--prompts", type=Path, metavar="FILE", help="text file with one prompt a line")
     parser.add_argument("--model", type=Path, metavar="DIR", help="model folder, e.g. RUN/model of a training run (default: the shipped portraits model)")
-    parser.add_argument("--steps", type=int, help="sampling steps = network calls per picture (default: the model's, 8)")
+    parser.add_argument("--steps", type=int, help="sampling steps = network calls per picture (default: the model's, 8); a network "
+                        "is good at the numbers it was trained for, the shipped one at 4 to 10")
     parser.add_argument("--guidance", type=float, help="guidance scale; 1 switches guidance off (default: the model's)")
     parser.add_argument("--guidance-below", type=float, metavar="T", help="guide only steps with the noise of a time up to T: 1 all, 0 the last one; "
                         "fewer guided steps are faster and keep more variety (default: the model's)")
