@@ -40,16 +40,23 @@ class Run:
     def __init__(self, path: Path, facts: dict, device: str):
         self.path, self.device = path, device
         self.result = {"device": facts.get("device") or "cpu", "date": datetime.date.today().isoformat(), "dry_run": device == "cpu",
-                       "finished": False, "seconds": 0.0, "machine": facts, "stages": {}}
+                       "finished": False, "seconds": 0.0, "stages": {},
+                       "machine": facts | {"tools": {name: path is not None for name, path in facts["tools"].items()}}}
         self.started = time.monotonic()
 
     def record(self, stage: str, checks: list[dict], seconds: float = 0.0, status: str | None = None, reason: str = "") -> None:
+        checks = [check | {"reason": without_paths(check["reason"])} for check in checks]
         self.result["stages"][stage] = {"status": status or status_of(checks), "reason": reason, "seconds": round(seconds, 1), "checks": checks}
         self.result["seconds"] = round(time.monotonic() - self.started, 1)
         write_json(self.path, self.result)
 
     def failed(self) -> bool:
         return any(record["status"] == FAIL for record in self.result["stages"].values())
+
+
+def without_paths(text: str) -> str:
+    """Results are published: where the repository and Python lie on this machine is nobody's business."""
+    return text.replace(str(ROOT), ".").replace(sys.prefix, "PYTHON")
 
 
 def run_stage(run: Run, name: str, command: list[str], env: dict[str, str], limit: float, check_limit: float) -> None:

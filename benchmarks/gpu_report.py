@@ -2,6 +2,7 @@
 
 import json
 import os
+import sys
 import time
 import traceback
 from pathlib import Path
@@ -74,9 +75,8 @@ class Report:
 
 def device_is_lost() -> bool:
     """Whether an error (an access outside memory, say) has ended this process's CUDA context, in which nothing would work any more."""
-    import torch
-
-    if not (torch.cuda.is_available() and torch.cuda.is_initialized()):
+    torch = sys.modules.get("torch")
+    if torch is None or not (torch.cuda.is_available() and torch.cuda.is_initialized()):
         return False
     try:
         torch.cuda.synchronize()
