@@ -3,7 +3,8 @@
 Environment: PROXT2I_NO_NATIVE=1 installs without the extension (the plain-torch reference runs instead);
 PROXT2I_CUDA=AUTO|ON|OFF says whether the CUDA kernels are linked (AUTO: where torch has CUDA and nvcc is found);
 PROXT2I_CUDA_ARCHITECTURES is CMake's list of the GPUs they are compiled for (default: CMakeLists.txt's), e.g. 90a-real;
-PROXT2I_BUILD_DIR is the folder of object files (default: one under build/ for this Python); PROXT2I_WERROR=1 makes compiler warnings errors.
+PROXT2I_BUILD_DIR is the folder of object files (default: one under build/ for this Python);
+PROXT2I_WERROR=1 makes compiler warnings errors.
 """
 
 import hashlib

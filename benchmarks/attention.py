@@ -1,4 +1,4 @@
-"""Times the native attention against every backend of torch's scaled_dot_product_attention, forward and forward + backward, with CUDA events.
+"""Times the native attention against every backend of torch's scaled_dot_product_attention, forward and forward + backward.
 
     python benchmarks/attention.py [--tokens 463 1231] [--dims 72 64 128] [--repeats 20] [--device cuda] [--out FILE.json] [--write-table]
 
@@ -74,7 +74,7 @@ def usable(found: dict) -> tuple[dict, dict]:
 
 
 def relative_error(function, leaves, qkv, weights) -> float:
-    """Of the first two images, output and gradient of qkv: |ours - exact| / |exact|, the larger of the two; exact: float32 on the same numbers."""
+    """|ours - exact| / |exact| of the first two images, the larger of output's and qkv's gradient's; exact: float32 arithmetic."""
     results = []
     for run, dtype in ((function, qkv.dtype), (lambda x, *w: attention_ref(x, None, x.shape[1], *w), torch.float32)):
         leaf = qkv[:2].detach().to(dtype, copy=True).requires_grad_()
@@ -116,7 +116,8 @@ def measure(tokens: int, dim: int, device: str, repeats: int = 20, heads: int = 
         packed = {kind: {n: s for n, s in times.items() if n != ours and "separate" not in n} for kind, times in seconds.items()}
         result[norm] = {
             "ms": {kind: {name: 1e3 * s for name, s in times.items()} for kind, times in seconds.items()},
-            "tflops": {kind: {name: factor * flops / s / 1e12 for name, s in seconds[kind].items()} for kind, factor in (("forward", 1), ("both", 3.5))},
+            "tflops": {kind: {name: factor * flops / s / 1e12 for name, s in seconds[kind].items()}
+                       for kind, factor in (("forward", 1), ("both", 3.5))},
             "refused": refused, "error": relative_error(good[ours][0], good[ours][1], qkv, weights),
             "best": {kind: min(times, key=times.get, default=None) for kind, times in packed.items()},
             "speedup": {kind: min(times.values()) / seconds[kind][ours] if times else None for kind, times in packed.items()}}
@@ -157,7 +158,8 @@ def main():
     parser.add_argument("--dims", type=int, nargs="+", default=[72, 64, 128], help="head sizes")
     parser.add_argument("--heads", type=int, default=HEADS)
     parser.add_argument("--repeats", type=int, default=20)
-    parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda", help="cpu: only to try the script; plain torch stands in for native")
+    parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda",
+                        help="cpu: only to try the script; plain torch stands in for native")
     parser.add_argument("--out", type=Path, help="write the figures as JSON")
     parser.add_argument("--write-table", action="store_true", help=f"merge the choices into {TABLE.name}, which `attention` reads")
     args = parser.parse_args()

@@ -46,7 +46,8 @@ class Run:
 
     def record(self, stage: str, checks: list[dict], seconds: float = 0.0, status: str | None = None, reason: str = "") -> None:
         checks = [check | {"reason": without_paths(check["reason"])} for check in checks]
-        self.result["stages"][stage] = {"status": status or status_of(checks), "reason": reason, "seconds": round(seconds, 1), "checks": checks}
+        self.result["stages"][stage] = {"status": status or status_of(checks), "reason": reason, "seconds": round(seconds, 1),
+                                        "checks": checks}
         self.result["seconds"] = round(time.monotonic() - self.started, 1)
         write_json(self.path, self.result)
 
@@ -60,7 +61,7 @@ def without_paths(text: str) -> str:
 
 
 def run_stage(run: Run, name: str, command: list[str], env: dict[str, str], limit: float, check_limit: float) -> None:
-    """Starts the stage's process, again as long as checks kill it, until all are made or its time is up; the record grows with every check."""
+    """Starts the stage's process, again as long as checks kill it, until all are made or its time is up; recorded check by check."""
     report, log = WORK / f"{name}.json", WORK / f"{name}.log"
     WORK.mkdir(parents=True, exist_ok=True)
     report.unlink(missing_ok=True)
@@ -68,8 +69,8 @@ def run_stage(run: Run, name: str, command: list[str], env: dict[str, str], limi
     start, shown = time.monotonic(), 0
     while True:
         with open(log, "ab") as output:
-            process = subprocess.Popen(command + [str(report)], cwd=ROOT, env=env, stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT,
-                                       start_new_session=True)
+            process = subprocess.Popen(command + [str(report)], cwd=ROOT, env=env, stdin=subprocess.DEVNULL, stdout=output,
+                                       stderr=subprocess.STDOUT, start_new_session=True)
         overdue, interrupt, seen = "", None, None
         try:
             while process.poll() is None and not overdue:
@@ -125,7 +126,8 @@ def last_lines(log: Path, count: int = 4) -> str:
 
 def show(stage: str, data: dict, shown: int) -> int:
     for check in data.get("checks", [])[shown:]:
-        print(f"{check['status']:8s} {stage} / {check['name']} ({check['seconds']:.1f} s)" + (f": {check['reason']}" if check["reason"] else ""), flush=True)
+        reason = f": {without_paths(check['reason'])}" if check["reason"] else ""
+        print(f"{check['status']:8s} {stage} / {check['name']} ({check['seconds']:.1f} s){reason}", flush=True)
     return max(shown, len(data.get("checks", [])))
 
 
@@ -138,12 +140,15 @@ def result_path(folder: Path, device_name: str) -> Path:
 
 def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--stages", nargs="+", choices=STAGES, default=list(STAGES), metavar="STAGE", help=f"of {', '.join(STAGES)}; default: all")
+    parser.add_argument("--stages", nargs="+", choices=STAGES, default=list(STAGES), metavar="STAGE",
+                        help=f"of {', '.join(STAGES)}; default: all")
     parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda", help="cpu: a dry run")
     parser.add_argument("--dry-run", action="store_true", help="the same as --device cpu")
-    parser.add_argument("--budget", type=float, default=1400, help="seconds for everything (default: 1400); stages without time left are skipped")
+    parser.add_argument("--budget", type=float, default=1400,
+                        help="seconds for everything (default: 1400); stages without time left are skipped")
     parser.add_argument("--out", type=Path, help="folder of the result (default: benchmarks/results, of a dry run benchmarks/out)")
-    parser.add_argument("--write-table", action="store_true", help="let `attention` use what was measured: merge it into attention_table.json")
+    parser.add_argument("--write-table", action="store_true",
+                        help="let `attention` use what was measured: merge it into attention_table.json")
     given = parser.parse_args(arguments)
     if given.dry_run:
         given.device = "cpu"
@@ -168,8 +173,8 @@ def main(arguments: list[str] | None = None) -> int:
         return 1
     run = Run(result_path(given.out, "dry-run" if given.device == "cpu" else facts["device"]), facts, given.device)
     mismatch = None if given.device == "cpu" else gpu_machine.mismatch(facts)
-    run.record("machine", [entry("tools and device", PASS, figures={key: str(facts.get(key)) for key in ("torch", "torch_cuda", "nvcc", "capability")}),
-                           *([entry("versions", FAIL, mismatch)] if mismatch else [])])
+    found = {key: str(facts.get(key)) for key in ("torch", "torch_cuda", "nvcc", "capability")}
+    run.record("machine", [entry("tools and device", PASS, figures=found), *([entry("versions", FAIL, mismatch)] if mismatch else [])])
     try:
         for stage in STAGES:
             skip = why_skip(run, given, stage)

@@ -21,8 +21,9 @@ try:
     facts |= {"torch": torch.__version__, "torch_cuda": torch.version.cuda, "devices": 0}
     if torch.cuda.is_available():
         properties = torch.cuda.get_device_properties(0)
-        facts |= {"devices": torch.cuda.device_count(), "device": torch.cuda.get_device_name(0), "memory_gb": round(properties.total_memory / 1e9, 1),
-                  "capability": list(torch.cuda.get_device_capability(0)), "multiprocessors": properties.multi_processor_count,
+        facts |= {"devices": torch.cuda.device_count(), "device": torch.cuda.get_device_name(0),
+                  "memory_gb": round(properties.total_memory / 1e9, 1), "capability": list(torch.cuda.get_device_capability(0)),
+                  "multiprocessors": properties.multi_processor_count,
                   "l2_mb": round(getattr(properties, "L2_cache_size", 0) / 1e6, 1)}
 except ImportError as error:
     facts |= {"torch": None, "torch_problem": str(error)}
@@ -60,7 +61,8 @@ def gather() -> dict:
     facts["nvcc"] = list(version(run_text(facts["tools"]["nvcc"] or "nvcc", "--version"), r"release (\d+)\.(\d+)")) or None
     facts["cmake"] = list(version(run_text(facts["tools"]["cmake"] or "cmake", "--version"))) or None
     query = "name,driver_version,clocks.sm,clocks.max.sm,clocks.max.mem,power.limit,temperature.gpu,utilization.gpu,memory.used"
-    facts["nvidia_smi"] = dict(zip(query.split(","), run_text("nvidia-smi", f"--query-gpu={query}", "--format=csv,noheader").split("\n")[0].split(", ")))
+    answer = run_text("nvidia-smi", f"--query-gpu={query}", "--format=csv,noheader").split("\n")[0]
+    facts["nvidia_smi"] = dict(zip(query.split(","), answer.split(", ")))
     root = Path(__file__).resolve().parents[1]
     facts["commit"] = run_text("git", "-C", str(root), "rev-parse", "HEAD").strip() or None
     facts["changed_files"] = len(run_text("git", "-C", str(root), "status", "--porcelain").splitlines())
@@ -71,23 +73,28 @@ def problems(facts: dict, device: str) -> list[str]:
     """What makes the run pointless, each with its fix; a run on the CPU needs no GPU and no build tools."""
     found = []
     if not facts["torch"]:
-        return [f"{sys.executable} has no torch ({facts.get('torch_problem')}): pip install torch (a CUDA build), or make gpu-check PYTHON=/path/to/python"]
+        return [f"{sys.executable} has no torch ({facts.get('torch_problem')}): pip install torch (a CUDA build), "
+                "or make gpu-check PYTHON=/path/to/python"]
     if version(facts["torch"]) < MIN_TORCH:
         found.append(f"torch is {facts['torch']}, and the extension needs {'.'.join(map(str, MIN_TORCH))} or newer: pip install -U torch")
     if device == "cpu":
         return found
     if not facts["torch_cuda"]:
-        found.append(f"torch {facts['torch']} is a CPU build and sees no CUDA device: install a CUDA build of torch (PyPI's for Linux is one)")
+        found.append(f"torch {facts['torch']} is a CPU build and sees no CUDA device: "
+                     "install a CUDA build of torch (PyPI's for Linux is one)")
     elif not facts["devices"]:
-        found.append(f"torch {facts['torch']} (CUDA {facts['torch_cuda']}) sees no CUDA device: run this on a machine with an NVIDIA GPU; where it has one, "
-                     "`nvidia-smi` must list it, its driver must be new enough for that CUDA, and CUDA_VISIBLE_DEVICES must not hide it")
+        found.append(f"torch {facts['torch']} (CUDA {facts['torch_cuda']}) sees no CUDA device: run this on a machine with an NVIDIA GPU; "
+                     "where it has one, `nvidia-smi` must list it, its driver must be new enough for that CUDA, "
+                     "and CUDA_VISIBLE_DEVICES must not hide it")
     elif tuple(facts["capability"]) < MIN_CAPABILITY:
-        found.append(f"{facts['device']} has compute capability {'.'.join(map(str, facts['capability']))}: the kernels need 8.0 (Ampere) or newer")
+        found.append(f"{facts['device']} has compute capability {'.'.join(map(str, facts['capability']))}: "
+                     "the kernels need 8.0 (Ampere) or newer")
     if not facts["nvcc"]:
         major = (facts["torch_cuda"] or "").split(".")[0]
         found.append(f"nvcc is missing: install the CUDA toolkit{f' {major}.x' if major else ''} and put nvcc on PATH, or set CUDA_HOME")
     if not facts["cmake"] or tuple(facts["cmake"]) < MIN_CMAKE:
-        found.append(f"cmake {'.'.join(map(str, facts['cmake'] or [])) or 'is missing'}: pip install 'cmake>={'.'.join(map(str, MIN_CMAKE))}'")
+        found.append(f"cmake {'.'.join(map(str, facts['cmake'] or [])) or 'is missing'}: "
+                     f"pip install 'cmake>={'.'.join(map(str, MIN_CMAKE))}'")
     if not facts["tools"]["ninja"]:
         found.append("ninja is missing: pip install ninja (or apt-get install ninja-build)")
     found += [f"{module} is missing: pip install {module}" for module in ("pybind11", "setuptools") if not facts.get(module)]

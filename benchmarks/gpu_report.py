@@ -89,7 +89,8 @@ def device_is_lost() -> bool:
 
 def summary(result: dict) -> str:
     """One line a check, with what it found."""
-    lines = [f"gpu-check on {result['device']}, {result['date']}" + (": DRY RUN on the CPU, no figure means anything" if result["dry_run"] else "")]
+    dry = ": DRY RUN on the CPU, no figure means anything" if result["dry_run"] else ""
+    lines = [f"gpu-check on {result['device']}, {result['date']}{dry}"]
     for stage, record in result["stages"].items():
         if not record["checks"]:
             lines.append(f"{record['status']:8s} {stage}" + (f": {record['reason']}" if record["reason"] else ""))

@@ -105,11 +105,14 @@ def stage_pytest(report, options):
         missing = [name for name in ("pytest", "numpy", "scipy") if find_spec(name) is None]
         if missing:
             raise Skip(f"not installed: {', '.join(missing)}; the stage `checks` has covered every operator without them")
-        chosen, files = ("cuda or native_error", OP_TESTS) if options.device == "cuda" else ("cpu and test_odd_sizes and shape0", OP_TESTS[-1:])
+        chosen, files = "cuda or native_error", OP_TESTS
+        if options.device == "cpu":
+            chosen, files = "cpu and test_odd_sizes and shape0", OP_TESTS[-1:]
         with tempfile.TemporaryDirectory() as folder:
             xml = Path(folder) / "report.xml"
             try:
-                run_command([sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", f"--junitxml={xml}", "-k", chosen, *files], 290)
+                options_of_pytest = ["-q", "-p", "no:cacheprovider", f"--junitxml={xml}", "-k", chosen]
+                run_command([sys.executable, "-m", "pytest", *options_of_pytest, *files], 290)
             finally:
                 suite = ElementTree.parse(xml).getroot().find("testsuite") if xml.is_file() else None
         numbers = {key: int(suite.get(key)) for key in ("tests", "failures", "errors", "skipped")}
@@ -162,7 +165,7 @@ def stage_prox_step(report, options):
         footprint = 1 << 16 if cpu else 10 * max(getattr(torch.cuda.get_device_properties(0), "L2_cache_size", 0), 40 << 20)
         tensor_bytes = 4 * shape.numel()
         sets = [make_steps(shape, options.device) for _ in range(max(2, footprint // (3 * tensor_bytes)))]
-        pairs = [(torch.zeros(2 * shape.numel(), device=options.device), torch.empty(2 * shape.numel(), device=options.device)) for _ in sets]
+        pairs = [[make(2 * shape.numel(), device=options.device) for make in (torch.zeros, torch.empty)] for _ in sets]
         calls = {name: [steps[name] for steps in sets] for name in ("fused", "eager")}
         calls["copy"] = [lambda a=a, b=b: b.copy_(a) for a, b in pairs]
         with torch.no_grad():
@@ -170,8 +173,9 @@ def stage_prox_step(report, options):
             once = {name: sets[0][name] for name in ("fused", "eager")} | ({} if cpu else ddim_step(shape, options.device))
             called = medians(once, options.device, repeats=3 if cpu else 100)
         rate = 4 * tensor_bytes / alone["fused"] / 1e9
-        figures = {"gb_per_s": rate, "of_large_copy": rate / copied if copied else None, "of_copy_of_as_many_bytes": alone["copy"] / alone["fused"],
-                   "device_us": 1e6 * alone["fused"], "eager_device_us": 1e6 * alone["eager"],
+        figures = {"gb_per_s": rate, "of_large_copy": rate / copied if copied else None,
+                   "of_copy_of_as_many_bytes": alone["copy"] / alone["fused"], "device_us": 1e6 * alone["fused"],
+                   "eager_device_us": 1e6 * alone["eager"],
                    **{f"{name}_as_called_us": 1e6 * seconds for name, seconds in called.items()}}
         if must_reach_target and not cpu and (copied is None or rate < COPY_TARGET * copied):
             figures["failure"] = f"below the target of {COPY_TARGET:.0%} of the copy bandwidth"
@@ -262,18 +266,19 @@ def stage_attention(report, options):
 
 # ---- training --------------------------------------------------------------------------------------------------------------
 
-TRAINING_NEEDS = ("deepspeed", "diffusers", "transformers", "webdataset", "safetensors", "omegaconf", "scipy", "PIL", "tensorboard", "matplotlib")
+TRAINING_NEEDS = ("deepspeed", "diffusers", "transformers", "webdataset", "safetensors", "omegaconf", "scipy", "PIL", "tensorboard",
+                  "matplotlib")
 
 
 def stage_trainer(report, options):
-    """A short portraits run on the GPU, and pictures of its model. Whether it learns is tested elsewhere; here: whether it runs, and how fast."""
+    """A short portraits run on the GPU, and pictures of its model: whether it runs, and how fast; not how well it learns."""
     cpu = options.device == "cpu"
     folder = ROOT / "build" / "gpu-check" / ("trainer-dry" if cpu else "trainer")
 
     def train():
         missing = [name for name in TRAINING_NEEDS if find_spec(name) is None]
         if missing:
-            raise Skip(f"training needs {', '.join(missing)}; the U-ViT itself is a diffusers model, so that no part of it can be trained without")
+            raise Skip(f"not installed: {', '.join(missing)}, which training needs; without diffusers there is no U-ViT at all")
         shutil.rmtree(folder, ignore_errors=True)
         launcher = [find_tool("deepspeed") or "deepspeed", "--num_gpus", "1"]
         images, drawn = (256, 128) if cpu else (16000, 4000)
@@ -288,8 +293,8 @@ def stage_trainer(report, options):
         if not (folder / "model").is_dir():
             raise Skip("there is no trained model")
         pictures = folder / "pictures"
-        run_command([sys.executable, "-m", "proxt2i.sample", "a smiling woman with long red hair", "--model", folder / "model", "--num-images", 2,
-                     "--steps", 4, "--device", options.device, "--out", pictures], 120)
+        run_command([sys.executable, "-m", "proxt2i.sample", "a smiling woman with long red hair", "--model", folder / "model",
+                     "--num-images", 2, "--steps", 4, "--device", options.device, "--out", pictures], 120)
         return {"pictures": len([path for path in pictures.glob("**/*.png") if path.name != "grid.png"])}
 
     report.run("train portraits", train)

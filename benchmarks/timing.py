@@ -1,4 +1,4 @@
-"""Medians of times on a GPU (CUDA events) or, for dry runs, on the CPU. Candidates take turns, so that a change of clocks hits them alike."""
+"""Medians of times on a GPU (CUDA events) or, for dry runs, on the CPU. They take turns: a change of clocks hits all alike."""
 
 import statistics
 import time

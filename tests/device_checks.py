@@ -73,7 +73,8 @@ def assert_same_bits(ours, theirs, what=""):
         assert torch.equal(numbers, ~other.isnan()), f"{what} [{i}]: NaNs differ"
         bits = {8: torch.int64, 4: torch.int32, 2: torch.int16}[mine.dtype.itemsize]
         different = int((mine.contiguous().view(bits)[numbers] != other.contiguous().view(bits)[numbers]).sum())
-        assert different == 0, f"{what} [{i}] {tuple(mine.shape)} {mine.dtype}: {different} of {mine.numel()} elements differ from the CPU's"
+        assert different == 0, \
+            f"{what} [{i}] {tuple(mine.shape)} {mine.dtype}: {different} of {mine.numel()} elements differ from the CPU's"
 
 
 def tensors(shape, dtype, eps_dtype):
@@ -107,7 +108,8 @@ def check_transition_log_ratio(target):
     for shape, (dtype, eps_dtype) in itertools.product(target.shapes, TYPES):
         ref, noise, old, cond, uncond, seeds, steps, numbers = tensors(shape, dtype, eps_dtype)
         scale, *grads = (column.contiguous() for column in numbers.T)
-        for guided, reference, z in ((uncond, ref, (None, seeds, steps)), (None, ref, (noise, None, None)), (uncond, None, (noise, None, None))):
+        drawn, given = (None, seeds, steps), (noise, None, None)
+        for guided, reference, z in ((uncond, ref, drawn), (None, ref, given), (uncond, None, given)):
             arguments = (cond, guided, old, reference, *z, scale, 2.5)
             target.check_bits("transition_log_ratio", *arguments)
             target.check_bits("transition_log_ratio_backward", *grads, *arguments)
@@ -134,7 +136,8 @@ def check_matching(target):
 # ---- attention -------------------------------------------------------------------------------------------------------------
 
 ATTENTION_CASES = [  # tokens, heads, head dim, queries, key lengths
-    (1, 1, 64, 1, None), (65, 1, 64, 30, [65, 64, 1]), (130, 2, 72, 66, None), (70, 1, 72, 70, [3, 70, 69]), (100, 1, 128, 100, [0, 37, 100]),
+    (1, 1, 64, 1, None), (65, 1, 64, 30, [65, 64, 1]), (130, 2, 72, 66, None), (70, 1, 72, 70, [3, 70, 69]),
+    (100, 1, 128, 100, [0, 37, 100]),
 ]
 LARGE_ATTENTION_CASES = [(463, 16, 72, 463, None), (463, 16, 72, 256, None), (1231, 4, 72, 1231, [1231, 900]), (463, 8, 64, 463, None),
                          (463, 8, 128, 463, [400, 463])]
@@ -169,7 +172,8 @@ def _check_attention(target, normalised):
     if not hasattr(target.ops, "attention_forward") or target.device == "cpu" and target.ops is CPU:
         raise NotHere("the attention kernels are CUDA's")
     truth_on = target.device if not target.small else "cpu"
-    for case, dtype in itertools.product(ATTENTION_CASES + ([] if target.small else LARGE_ATTENTION_CASES), (torch.bfloat16, torch.float16)):
+    cases = ATTENTION_CASES + ([] if target.small else LARGE_ATTENTION_CASES)
+    for case, dtype in itertools.product(cases, (torch.bfloat16, torch.float16)):
         qkv, grad, lengths, weights = _attention_inputs(*case, dtype, normalised)
         ours = _our_attention(target, qkv, grad, lengths, weights)
         plain, true = (_plain_attention(qkv, grad, lengths, weights, kind, truth_on) for kind in (dtype, torch.float64))
@@ -203,8 +207,8 @@ def check_autograd(target):
     def run(device):
         leaves = [t.to(device, copy=True).requires_grad_() for t in (cond, uncond, y)]
         at = [t.to(device) for t in (noise, old, seeds, steps, numbers)]
-        ratio, kl = transition_log_ratio(leaves[0], leaves[1], at[1], at[0], scale=at[4][:, 0].contiguous(), guidance_scale=2.5, seeds=at[2],
-                                         steps=at[3])
+        ratio, kl = transition_log_ratio(leaves[0], leaves[1], at[1], at[0], scale=at[4][:, 0].contiguous(), guidance_scale=2.5,
+                                         seeds=at[2], steps=at[3])
         loss, _ = prox_matching_loss(leaves[0], leaves[2].detach(), noised_pair(leaves[2], at[2], at[4]), at[2], at[4], target="expected")
         x, y_next, _ = prox_step(leaves[2], leaves[0], leaves[1], STEP, seeds=at[2])
         eps = guided_eps(leaves[0], leaves[1], 2.5)
@@ -235,7 +239,8 @@ def check_cuda_graph(target):
     """A captured step follows its coefficient row: replayed after the row has changed it does what the new row says."""
     target.needs_cuda("a graph")
     y, cond, uncond, seeds = _step_arguments(target.device)
-    rows = [torch.tensor(row, dtype=torch.float64) for row in (STEP, step_row(0.3, guidance_scale=1.5, a=0.9, b=0.2, draw=7), step_row(2.0, a=0.5))]
+    other, last = step_row(0.3, guidance_scale=1.5, a=0.9, b=0.2, draw=7), step_row(2.0, a=0.5)
+    rows = [torch.tensor(row, dtype=torch.float64) for row in (STEP, other, last)]
     row = rows[0].to(target.device)
     with torch.no_grad():
         side = torch.cuda.Stream()

@@ -1,4 +1,4 @@
-"""tests/device_checks.py, which `make gpu-check` runs on a GPU, on the emulated kernels: so that the checks themselves are known to be right."""
+"""tests/device_checks.py, which `make gpu-check` runs on a GPU, on the emulated kernels: the checks themselves are right."""
 
 import sys
 from pathlib import Path
