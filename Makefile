@@ -19,7 +19,7 @@ help:
 	@echo "make venv        only the set-up: $(VENV) with everything that constraints.txt names, and the native extension"
 	@echo "make emulate     run the CUDA kernels on the CPU, under sanitizers (make test does too; needs gcc); ARGS='-k name' goes to pytest"
 	@echo "make cuda-check  compile the CUDA kernels for sm_80 and sm_90a, and say what they use (needs nvcc, no GPU)"
-	@echo "make gpu-check   link the CUDA kernels, test them and time them (needs nvcc, a GPU, a torch with CUDA)"
+	@echo "make gpu-check   build the CUDA kernels for this GPU, test them and time them (needs nvcc and a torch with CUDA; sets nothing up)"
 	@echo "make clean       remove $(VENV), build output and caches"
 	@echo "Variables: PYTHON=$(PYTHON) VENV=$(VENV) PIP_ARGS='$(PIP_ARGS)' (e.g. an index that has CPU builds of torch) MIN_DISK_GB=$(MIN_DISK_GB)"
 
@@ -68,12 +68,11 @@ cuda-check: $(STAMP)
 	  && "$(BIN)/python" csrc/cuda/resources.py cmake --build $(CUDA_BUILD) --target cuda_compile_check --clean-first \
   && echo "cuda-check: compiled for sm_80 and sm_90a without warnings or spills"; fi
 
-gpu-check: $(STAMP)
-	@"$(BIN)/python" -c 'import sys, torch; torch.cuda.is_available() or sys.exit("gpu-check: this torch sees no CUDA device")'
-	@PROXT2I_CUDA=ON "$(BIN)/python" -m pip install --disable-pip-version-check -q --no-build-isolation --no-deps -e .
-	@PROXT2I_REQUIRE_NATIVE=1 "$(BIN)/python" -m pytest -q tests/test_ops.py tests/test_ops_matching.py tests/test_ops_transition.py
-	@"$(BIN)/python" benchmarks/prox_step.py --device cuda
-	@"$(BIN)/python" benchmarks/ops.py --device cuda
+# Nothing is set up or fetched: the Python of $(VENV) if there is one, else $(PYTHON) with whatever it has.
+gpu-check:
+	@python="$(BIN)/python"; [ -x "$$python" ] || python="$(PYTHON)"; \
+	command -v "$$python" >/dev/null || { echo "gpu-check: no '$$python': make gpu-check PYTHON=/path/to/python that has torch" >&2; exit 1; }; \
+	exec "$$python" benchmarks/gpu_check.py $(ARGS)
 
 clean:
 	rm -rf "$(VENV)" build dist proxt2i/_C*.so proxt2i.egg-info .pytest_cache

@@ -1,7 +1,10 @@
 """Builds proxt2i._C by driving CMakeLists.txt; everything else about the package is in pyproject.toml.
 
 Environment: PROXT2I_NO_NATIVE=1 installs without the extension (the plain-torch reference runs instead);
-PROXT2I_CUDA=AUTO|ON|OFF says whether the CUDA kernels are linked (AUTO: where torch has CUDA and nvcc is found); PROXT2I_WERROR=1 makes compiler warnings errors.
+PROXT2I_CUDA=AUTO|ON|OFF says whether the CUDA kernels are linked (AUTO: where torch has CUDA and nvcc is found);
+PROXT2I_CUDA_ARCHITECTURES is CMake's list of the GPUs they are compiled for (default: CMakeLists.txt's), e.g. 90a-real;
+PROXT2I_BUILD_DIR is the folder of object files (default: one under build/ for this Python);
+PROXT2I_WERROR=1 makes compiler warnings errors.
 """
 
 import hashlib
@@ -52,12 +55,14 @@ class CMakeBuild(build_ext):
             raise SystemExit("\n".join(["proxt2i: cannot build the native extension", *(f"  - {p}" for p in problems), SKIP_HINT]))
         target = Path(self.get_ext_fullpath(ext.name)).resolve()
         key = hashlib.sha256(f"{sys.executable} {sys.version}".encode()).hexdigest()[:8]
-        build = ROOT / "build" / f"native-{sys.implementation.cache_tag}-{key}"
+        build = Path(os.environ.get("PROXT2I_BUILD_DIR") or ROOT / "build" / f"native-{sys.implementation.cache_tag}-{key}").resolve()
         cmake = find_tool("cmake")
         configure = [cmake, "-S", str(ROOT), "-B", str(build), "-G", "Ninja", f"-DPython_EXECUTABLE={sys.executable}",
                      f"-DCMAKE_MAKE_PROGRAM={find_tool('ninja')}", f"-DPROXT2I_CUDA={os.environ.get('PROXT2I_CUDA', 'AUTO')}",
                      f"-DCMAKE_LIBRARY_OUTPUT_DIRECTORY={build}",
                      f"-DCMAKE_COMPILE_WARNING_AS_ERROR={'ON' if os.environ.get('PROXT2I_WERROR') == '1' else 'OFF'}"]
+        archs = os.environ.get("PROXT2I_CUDA_ARCHITECTURES")
+        configure.append(f"-DPROXT2I_CUDA_ARCHITECTURES={archs}" if archs else "-UPROXT2I_CUDA_ARCHITECTURES")  # not an earlier build's
         try:
             subprocess.run(configure, check=True)
             subprocess.run([cmake, "--build", str(build), "--target", "_C"], check=True)

@@ -29,8 +29,8 @@ GUIDANCE, ZETA = 2.0, 1.0
 A, B, RHO, SQRT_LAM = 1.2, 0.6, 1.0, 0.8
 
 
-def matching(shape: tuple[int, ...], device: str) -> dict:
-    """name -> function of no arguments that makes an example, scores an answer and differentiates."""
+def matching(shape: tuple[int, ...], device: str, compiled: bool = False) -> dict:
+    """name -> function of no arguments that makes an example, scores an answer and differentiates; compiled: by torch.compile too."""
     x0, eps = torch.randn(shape, device=device), torch.randn(shape, device=device, requires_grad=True)
     seeds = torch.arange(shape[0], device=device)
     coefficients = torch.tensor([0.8, 0.6, 0.9], device=device).repeat(shape[0], 1)
@@ -41,18 +41,22 @@ def matching(shape: tuple[int, ...], device: str) -> dict:
         loss, _ = prox_matching_loss(eps, x0, y, seeds, coefficients, target="expected", zeta=ZETA, impl="native")
         return torch.autograd.grad(loss.mean(), eps)
 
-    def eager():
-        signal, noise, prox = columns
+    def plain(eps, x0, signal, noise, prox):
         y = signal * x0 + noise * torch.randn_like(x0) + prox * torch.randn_like(x0)
         target = prox / (noise**2 + prox**2) * (y - signal * x0)
-        loss = 1 - torch.exp(-(eps - target).square().flatten(1).mean(1) / ZETA**2)
-        return torch.autograd.grad(loss.mean(), eps)
+        return (1 - torch.exp(-(eps - target).square().flatten(1).mean(1) / ZETA**2)).mean()
 
-    return {"fused": fused, "eager": eager}
+    return {"fused": fused, **plain_versions(plain, (eps, x0, *columns), eps, compiled)}
 
 
-def log_ratio(shape: tuple[int, ...], device: str, with_kl: bool) -> dict:
-    """name -> function of no arguments that computes ratio (and kl) of a transition and differentiates."""
+def plain_versions(function, arguments, leaves, compiled: bool) -> dict:
+    """A scalar function in plain torch and its gradient, eager and, if asked for, by torch.compile."""
+    versions = {"eager": function} | ({"compiled": torch.compile(function)} if compiled else {})
+    return {name: lambda f=f: torch.autograd.grad(f(*arguments), leaves) for name, f in versions.items()}
+
+
+def log_ratio(shape: tuple[int, ...], device: str, with_kl: bool, compiled: bool = False) -> dict:
+    """name -> function of no arguments that computes ratio (and kl) of a transition and differentiates; compiled: by torch.compile too."""
     y, eps_old, eps_ref = (torch.randn(shape, device=device) for _ in range(3))
     eps_cond, eps_uncond = (eps_old + 0.01 * torch.randn(shape, device=device) for _ in range(2))
     leaves = eps_cond.requires_grad_(), eps_uncond.requires_grad_()
@@ -65,15 +69,15 @@ def log_ratio(shape: tuple[int, ...], device: str, with_kl: bool) -> dict:
                                          guidance_scale=GUIDANCE, seeds=seeds, steps=steps, impl="native")
         return torch.autograd.grad((ratio - 0.1 * kl).sum() if with_kl else ratio.sum(), leaves)
 
-    def eager():
+    def plain(eps_cond, eps_uncond, eps_old, eps_ref, y, next_y):
         eps = eps_uncond + GUIDANCE * (eps_cond - eps_uncond)
         new, old, ref = (Normal(A * (y - RHO * SQRT_LAM * e), B, validate_args=False) for e in (eps, eps_old, eps_ref))
         result = (new.log_prob(next_y) - old.log_prob(next_y)).flatten(1).sum(1)
         if with_kl:
             result = result - 0.1 * kl_divergence(new, ref).flatten(1).sum(1)
-        return torch.autograd.grad(result.sum(), leaves)
+        return result.sum()
 
-    return {"fused": fused, "eager": eager}
+    return {"fused": fused, **plain_versions(plain, (*leaves, eps_old, eps_ref, y, next_y), leaves, compiled)}
 
 
 def main():

@@ -6,7 +6,7 @@ fused  proxt2i.ops.prox_step as the sampler calls it: guidance, prox, next state
        wanted
 both   the same, and x
 eager  the same step as one writes it in torch: torch.randn and elementwise operations
-ddim   the same guidance, then diffusers' DDIMScheduler.step with eta=1
+ddim   the same guidance, then diffusers' DDIMScheduler.step with eta=1; left out where diffusers is not installed
 
 They take turns, so that other work on the machine hits them alike; times are medians. GB/s counts what a step must move
 (y and both network outputs read, the next y written) for all. Ratios are times divided by the fused step's.
@@ -20,7 +20,6 @@ import time
 from pathlib import Path
 
 import torch
-from diffusers import DDIMScheduler
 
 from proxt2i import _C
 from proxt2i.ops import prox_step, step_row
@@ -32,10 +31,6 @@ def make_steps(shape: tuple[int, ...], device: str) -> dict:
     """name -> function of no arguments that does one step on tensors of this shape."""
     y, eps_cond, eps_uncond = (torch.randn(shape, device=device) for _ in range(3))
     seeds = torch.arange(shape[0], device=device)
-    scheduler = DDIMScheduler()
-    scheduler.set_timesteps(8)
-    timestep = int(scheduler.timesteps[3])
-
     row = torch.tensor(step_row(SQRT_LAM, guidance_scale=GUIDANCE, a=A, b=B, draw=1), dtype=torch.float64, device=device)
 
     def fused():
@@ -49,11 +44,20 @@ def make_steps(shape: tuple[int, ...], device: str) -> dict:
         x = y - SQRT_LAM * eps
         return x, A * x + B * torch.randn_like(x)
 
-    def ddim():
-        eps = eps_uncond + GUIDANCE * (eps_cond - eps_uncond)
-        return scheduler.step(eps, timestep, y, eta=1.0)
+    return {"fused": fused, "both": both, "eager": eager}
 
-    return {"fused": fused, "both": both, "eager": eager, "ddim": ddim}
+
+def ddim_step(shape: tuple[int, ...], device: str) -> dict:
+    """The same of diffusers' step; nothing where diffusers is not installed."""
+    try:
+        from diffusers import DDIMScheduler
+    except ImportError:
+        return {}
+    y, eps_cond, eps_uncond = (torch.randn(shape, device=device) for _ in range(3))
+    scheduler = DDIMScheduler()
+    scheduler.set_timesteps(8)
+    timestep = int(scheduler.timesteps[3])
+    return {"ddim": lambda: scheduler.step(eps_uncond + GUIDANCE * (eps_cond - eps_uncond), timestep, y, eta=1.0)}
 
 
 def measure(steps: dict, repeats: int, device: str) -> dict[str, list[float]]:
@@ -86,7 +90,8 @@ def main():
 
     torch.manual_seed(0)
     with torch.no_grad():
-        times = measure(make_steps(tuple(args.shape), args.device), args.repeats, args.device)
+        steps = make_steps(tuple(args.shape), args.device) | ddim_step(tuple(args.shape), args.device)
+        times = measure(steps, args.repeats, args.device)
     seconds = {name: statistics.median(values) for name, values in times.items()}
     num_bytes = 4 * 4 * torch.Size(args.shape).numel()
     device_name = torch.cuda.get_device_name() if args.device == "cuda" else platform.processor() or platform.machine()
@@ -96,7 +101,7 @@ def main():
         "median_ms": {name: 1e3 * value for name, value in seconds.items()},
         "min_ms": {name: 1e3 * min(values) for name, values in times.items()},
         "gb_per_s": {name: num_bytes / value / 1e9 for name, value in seconds.items()},
-        "ratio": {name: seconds[name] / seconds["fused"] for name in ("both", "eager", "ddim")},
+        "ratio": {name: seconds[name] / seconds["fused"] for name in seconds if name != "fused"},
     }
     for name in times:
         ratio = f"   {result['ratio'][name]:5.1f}x the fused step" if name in result["ratio"] else ""

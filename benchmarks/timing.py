@@ -1,0 +1,66 @@
+"""Medians of times on a GPU (CUDA events) or, for dry runs, on the CPU. They take turns: a change of clocks hits all alike."""
+
+import statistics
+import time
+from collections.abc import Callable
+
+import torch
+
+
+def medians(functions: dict[str, Callable], device: str, repeats: int, warmup: int = 3) -> dict[str, float]:
+    """Seconds of one call of each function, as called: from its first kernel's start to its last one's end, waits for the host included."""
+    for _ in range(warmup):
+        for function in functions.values():
+            function()
+    times = {name: [] for name in functions}
+    if device == "cpu":
+        for _ in range(repeats):
+            for name, function in functions.items():
+                start = time.perf_counter()
+                function()
+                times[name].append(time.perf_counter() - start)
+        return {name: statistics.median(values) for name, values in times.items()}
+    events = {name: [] for name in functions}
+    torch.cuda.synchronize()
+    for _ in range(repeats):
+        for name, function in functions.items():
+            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            start.record()
+            function()
+            end.record()
+            events[name].append((start, end))
+    torch.cuda.synchronize()
+    return {name: statistics.median(start.elapsed_time(end) / 1e3 for start, end in pairs) for name, pairs in events.items()}
+
+
+def graph_medians(functions: dict[str, list[Callable]], device: str, repeats: int, rounds: int = 4) -> dict[str, float]:
+    """Seconds of one call on the device alone: `rounds` rounds over a list of calls are captured in a CUDA graph, and replays are timed.
+
+    The calls of one list do the same work on memory of their own. Where their memory together is several times the L2 cache, every
+    call finds its inputs in the device's memory and not in the cache.
+    """
+    if device == "cpu":
+        return medians({name: calls[0] for name, calls in functions.items()}, device, repeats)
+    replays, results = {}, []
+    for name, calls in functions.items():
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):  # what is created at a first call must not be created during the capture
+            for call in calls:
+                call()
+        torch.cuda.current_stream().wait_stream(side)
+        torch.cuda.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            for _ in range(rounds):
+                results += [call() for call in calls]  # they stay alive: calls do not write where another has just written
+        replays[name] = graph.replay
+    seconds = medians(replays, device, repeats)
+    return {name: value / (rounds * len(functions[name])) for name, value in seconds.items()}
+
+
+def copy_bandwidth(device: str, num_bytes: int, repeats: int = 20) -> float:
+    """Bytes per second, read and written, of copying a tensor that is much larger than any cache."""
+    source = torch.zeros(num_bytes // 4, device=device)
+    target = torch.empty_like(source)
+    return 2 * num_bytes / medians({"copy": lambda: target.copy_(source)}, device, repeats)["copy"]
