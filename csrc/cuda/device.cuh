@@ -88,7 +88,10 @@ __device__ __forceinline__ Vec4<T> load4(const T* row, int64_t first, int count)
     return *reinterpret_cast<const Vec4<T>*>(row + first);
   } else {
     Vec4<T> result{};
-    for (int i = 0; i < count; ++i) result.v[i] = row[first + i];
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      if (i < count) result.v[i] = row[first + i];  // no index that only the running program knows: the vector stays in registers
+    }
     return result;
   }
 }
@@ -98,7 +101,10 @@ __device__ __forceinline__ void store4(T* row, int64_t first, int count, const V
   if constexpr (aligned) {
     *reinterpret_cast<Vec4<T>*>(row + first) = value;
   } else {
-    for (int i = 0; i < count; ++i) row[first + i] = value.v[i];
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      if (i < count) row[first + i] = value.v[i];
+    }
   }
 }
 

@@ -23,7 +23,7 @@ inline dim3 element_grid(int64_t num_images, int64_t units, int64_t units_per_bl
 
 // f.template run<aligned>(image, first, count)
 template <bool aligned, typename F>
-__global__ void __launch_bounds__(element_threads) element_kernel(const F f) {
+__global__ void __launch_bounds__(element_threads, 4) element_kernel(const F f) {
   const int64_t num_blocks = (f.per_image + 3) / 4;
   const int64_t stride = static_cast<int64_t>(gridDim.x) * blockDim.x;
   const int64_t start = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x;
@@ -63,7 +63,7 @@ __device__ __forceinline__ T warp_sum(const Vec4<T>& of_lane) {
 
 // f.template terms<aligned>(image, first, count, Vec4& first_terms, Vec4& second_terms), which come in as zeros. A warp takes a chunk.
 template <bool aligned, typename F, typename T>
-__global__ void __launch_bounds__(element_threads) partial_sums_kernel(const F f, T* partials) {
+__global__ void __launch_bounds__(element_threads, 2) partial_sums_kernel(const F f, T* partials) {
   const int lane = static_cast<int>(threadIdx.x) % warp_size;
   const int64_t num_chunks = chunks_in(f.per_image);
   const int64_t warps = blockDim.x / warp_size;
@@ -72,6 +72,7 @@ __global__ void __launch_bounds__(element_threads) partial_sums_kernel(const F f
   for (int64_t image = blockIdx.y; image < f.num_images; image += gridDim.y) {
     for (int64_t chunk = start; chunk < num_chunks; chunk += stride) {
       Vec4<T> first_terms[4] = {}, second_terms[4] = {};
+#pragma unroll
       for (int row = 0; row < 4; ++row) {
         const int64_t first = chunk * chunk_size + row * warp_elements + 4 * lane;
         const int64_t left = f.per_image - first;
