@@ -262,8 +262,9 @@ __global__ void mistake_kernel(int32_t* x, int count, int what, int shared_words
     case different_masks:
       value = __shfl_xor_sync(thread < 16 ? 0x0000ffff : 0xffffffff, value, 1);
       break;
+    // Just behind the end, whichever thread comes first: further on another allocation may lie, live or freed.
     case shared_overflow:
-      shared[shared_words + thread] = 1;
+      shared[shared_words + thread % 2] = 1;
       break;
     case static_shared_overflow:
       value = static_overflow(thread);
@@ -272,10 +273,10 @@ __global__ void mistake_kernel(int32_t* x, int count, int what, int shared_words
       value = static_template_overflow<int>(thread);
       break;
     case global_overflow:
-      value = x[count + thread];
+      value = x[count + thread % 2];
       break;
     case global_write_overflow:
-      x[count + thread] = 1;
+      x[count + thread % 2] = 1;
       break;
     case misaligned_vector:
       value = static_cast<int32_t>(load4<true>(x + 1, 0, 4).v[0]);
