@@ -12,17 +12,13 @@ Backward gives the gradients of the network outputs. Fused and eager take turns,
 times are medians. Ratios are times divided by the fused one's.
 """
 
-import argparse
-import json
-import platform
 import statistics
-from pathlib import Path
 
 import torch
 from prox_step import measure
+from timing import operator_arguments, ran_on, write_result
 from torch.distributions import Normal, kl_divergence
 
-from proxt2i import _C
 from proxt2i.ops import noised_pair, prox_matching_loss, transition_log_ratio
 
 GUIDANCE, ZETA = 2.0, 1.0
@@ -81,25 +77,11 @@ def log_ratio(shape: tuple[int, ...], device: str, with_kl: bool, compiled: bool
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--shape", type=int, nargs="+", default=[8, 16, 64, 64], help="batch first (default: 8 16 64 64)")
-    parser.add_argument("--threads", type=int, default=None, help="torch.set_num_threads (default: torch's own choice)")
-    parser.add_argument("--repeats", type=int, default=40)
-    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
-    parser.add_argument("--out", type=Path, help="write the result as JSON")
-    args = parser.parse_args()
-    if args.device == "cuda" and not (torch.cuda.is_available() and _C.build_info()["cuda"]):
-        parser.error("--device cuda needs a GPU and an extension built with CUDA kernels (make gpu-check)")
-    if args.threads:
-        torch.set_num_threads(args.threads)
-
-    torch.manual_seed(0)
+    args = operator_arguments(__doc__, repeats=40)
     shape = tuple(args.shape)
     cases = {"matching": matching(shape, args.device), "log-ratio": log_ratio(shape, args.device, True),
              "log-ratio without kl": log_ratio(shape, args.device, False)}
-    result = {"shape": args.shape, "dtype": "float32", "device": args.device, "threads": torch.get_num_threads(),
-              "device_name": torch.cuda.get_device_name() if args.device == "cuda" else platform.processor() or platform.machine(),
-              "repeats": args.repeats, "torch": torch.__version__, "build": _C.build_info(), "median_ms": {}, "min_ms": {}, "ratio": {}}
+    result = ran_on(args) | {"median_ms": {}, "min_ms": {}, "ratio": {}}
     for name, functions in cases.items():
         times = measure(functions, args.repeats, args.device)
         seconds = {key: statistics.median(values) for key, values in times.items()}
@@ -108,9 +90,7 @@ def main():
         result["ratio"][name] = seconds["eager"] / seconds["fused"]
         print(f"{name:21s} fused {1e3 * seconds['fused']:8.3f} ms   eager {1e3 * seconds['eager']:8.3f} ms   "
               f"{result['ratio'][name]:5.1f}x")
-    if args.out:
-        args.out.parent.mkdir(parents=True, exist_ok=True)
-        args.out.write_text(json.dumps(result, indent=2) + "\n")
+    write_result(args.out, result)
 
 
 if __name__ == "__main__":

@@ -12,16 +12,12 @@ They take turns, so that other work on the machine hits them alike; times are me
 (y and both network outputs read, the next y written) for all. Ratios are times divided by the fused step's.
 """
 
-import argparse
-import json
-import platform
 import statistics
 import time
-from pathlib import Path
 
 import torch
+from timing import operator_arguments, ran_on, write_result
 
-from proxt2i import _C
 from proxt2i.ops import prox_step, step_row
 
 GUIDANCE, SQRT_LAM, A, B = 2.0, 0.8, 1.2, 0.6
@@ -76,28 +72,13 @@ def measure(steps: dict, repeats: int, device: str) -> dict[str, list[float]]:
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--shape", type=int, nargs="+", default=[8, 16, 64, 64], help="batch first (default: 8 16 64 64)")
-    parser.add_argument("--threads", type=int, default=None, help="torch.set_num_threads (default: torch's own choice)")
-    parser.add_argument("--repeats", type=int, default=60)
-    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
-    parser.add_argument("--out", type=Path, help="write the result as JSON")
-    args = parser.parse_args()
-    if args.device == "cuda" and not (torch.cuda.is_available() and _C.build_info()["cuda"]):
-        parser.error("--device cuda needs a GPU and an extension built with CUDA kernels (make gpu-check)")
-    if args.threads:
-        torch.set_num_threads(args.threads)
-
-    torch.manual_seed(0)
+    args = operator_arguments(__doc__, repeats=60)
     with torch.no_grad():
         steps = make_steps(tuple(args.shape), args.device) | ddim_step(tuple(args.shape), args.device)
         times = measure(steps, args.repeats, args.device)
     seconds = {name: statistics.median(values) for name, values in times.items()}
     num_bytes = 4 * 4 * torch.Size(args.shape).numel()
-    device_name = torch.cuda.get_device_name() if args.device == "cuda" else platform.processor() or platform.machine()
-    result = {
-        "shape": args.shape, "dtype": "float32", "device": args.device, "device_name": device_name,
-        "threads": torch.get_num_threads(), "repeats": args.repeats, "torch": torch.__version__, "build": _C.build_info(),
+    result = ran_on(args) | {
         "median_ms": {name: 1e3 * value for name, value in seconds.items()},
         "min_ms": {name: 1e3 * min(values) for name, values in times.items()},
         "gb_per_s": {name: num_bytes / value / 1e9 for name, value in seconds.items()},
@@ -107,9 +88,7 @@ def main():
         ratio = f"   {result['ratio'][name]:5.1f}x the fused step" if name in result["ratio"] else ""
         print(f"{name:6s} {result['median_ms'][name]:8.3f} ms  (best {result['min_ms'][name]:.3f})  "
               f"{result['gb_per_s'][name]:6.2f} GB/s{ratio}")
-    if args.out:
-        args.out.parent.mkdir(parents=True, exist_ok=True)
-        args.out.write_text(json.dumps(result, indent=2) + "\n")
+    write_result(args.out, result)
 
 
 if __name__ == "__main__":

@@ -1,8 +1,15 @@
-"""Medians of times on a GPU (CUDA events) or, for dry runs, on the CPU. They take turns: a change of clocks hits all alike."""
+"""Medians of times on a GPU (CUDA events) or, for dry runs, on the CPU. They take turns: a change of clocks hits all alike.
 
+And what the benchmarks of single operators share: their command line, what they ran on, the result file.
+"""
+
+import argparse
+import json
+import platform
 import statistics
 import time
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
 
@@ -64,3 +71,37 @@ def copy_bandwidth(device: str, num_bytes: int, repeats: int = 20) -> float:
     source = torch.zeros(num_bytes // 4, device=device)
     target = torch.empty_like(source)
     return 2 * num_bytes / medians({"copy": lambda: target.copy_(source)}, device, repeats)["copy"]
+
+
+def operator_arguments(description: str, repeats: int) -> argparse.Namespace:
+    """The command line of a benchmark of native operators; sets torch's threads and seed."""
+    from proxt2i import _C
+
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--shape", type=int, nargs="+", default=[8, 16, 64, 64], help="batch first (default: 8 16 64 64)")
+    parser.add_argument("--threads", type=int, default=None, help="torch.set_num_threads (default: torch's own choice)")
+    parser.add_argument("--repeats", type=int, default=repeats)
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
+    parser.add_argument("--out", type=Path, help="write the result as JSON")
+    args = parser.parse_args()
+    if args.device == "cuda" and not (torch.cuda.is_available() and _C.build_info()["cuda"]):
+        parser.error("--device cuda needs a GPU and an extension built with CUDA kernels (make gpu-check)")
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    torch.manual_seed(0)
+    return args
+
+
+def ran_on(args: argparse.Namespace) -> dict:
+    """What a result file says of the run beside its figures."""
+    from proxt2i import _C
+
+    device_name = torch.cuda.get_device_name() if args.device == "cuda" else platform.processor() or platform.machine()
+    return {"shape": args.shape, "dtype": "float32", "device": args.device, "device_name": device_name, "threads": torch.get_num_threads(),
+            "repeats": args.repeats, "torch": torch.__version__, "build": _C.build_info()}
+
+
+def write_result(path: Path | None, result: dict) -> None:
+    if path:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(result, indent=2) + "\n")

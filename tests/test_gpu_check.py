@@ -297,6 +297,6 @@ def test_the_table_keeps_what_was_not_measured(tmp_path, monkeypatch):
     module._table.cache_clear()
     fake = type("", (), {"device": torch.device("cuda"), "shape": (1, 450, 3, 16, 72), "dtype": torch.bfloat16})()
     try:
-        assert module.preferred(fake, 450) == "native"
+        assert module.preferred(fake) == "native"
     finally:
         module._table.cache_clear()

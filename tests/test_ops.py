@@ -11,27 +11,15 @@ import numpy as np
 import pytest
 import scipy.stats
 import torch
+from op_cases import DEVICES, OPS, restore_cpu  # noqa: F401  (a fixture)
 
+from proxt2i import _C
 from proxt2i.ops import native, native_available, philox_normal, prox_step, step_row
 from proxt2i.ops.philox import box_muller, philox4x32_10, philox_words_ref
 
-if not native_available() and os.environ.get("PROXT2I_REQUIRE_NATIVE") != "1":
-    pytest.skip("proxt2i._C is not built", allow_module_level=True)
-from proxt2i import _C  # noqa: E402
-
-DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(
-    not (torch.cuda.is_available() and native_available("cuda")), reason="needs a GPU and an extension with CUDA kernels"))]
 STEP = dict(guidance_scale=2.5, sqrt_lam=0.8, a=1.2, b=0.6)
 ROW = step_row(**STEP, draw=1)
 FULL = step_row(**STEP, clean_y=1.1, clean_eps=0.7, memory=0.4, draw=1)
-OPS = torch.ops.proxt2i
-
-
-@pytest.fixture
-def restore_isa():
-    isa = _C.build_info()["cpu_isa"]
-    yield
-    _C.use_cpu_isa(isa)
 
 
 def tensors(*shape, dtype=torch.float32, eps_dtype=None, device="cpu", seed=0):
@@ -123,17 +111,14 @@ def test_noise_is_a_function_of_seed_step_and_element_alone(impl):
     assert not torch.equal(philox_normal(seeds, 5, (3, 700), impl=impl), whole)
 
 
-def test_noise_does_not_depend_on_threads_or_instruction_set(restore_isa):
+def test_noise_does_not_depend_on_threads_or_instruction_set(restore_cpu):  # noqa: F811
     seeds = torch.arange(40)
     y, cond, uncond, _ = tensors(40, 1003)
-    results, threads = [], torch.get_num_threads()
-    try:
-        for isa, torch_threads in itertools.product(_C.build_info()["cpu_isas"], (1, 3)):
-            _C.use_cpu_isa(isa)
-            torch.set_num_threads(torch_threads)
-            results.append(prox_step(y, cond, uncond, FULL, clean=cond, seeds=seeds, want_clean=True, impl="native"))
-    finally:
-        torch.set_num_threads(threads)
+    results = []
+    for isa, torch_threads in itertools.product(_C.build_info()["cpu_isas"], (1, 3)):
+        _C.use_cpu_isa(isa)
+        torch.set_num_threads(torch_threads)
+        results.append(prox_step(y, cond, uncond, FULL, clean=cond, seeds=seeds, want_clean=True, impl="native"))
     for result in results[1:]:
         assert all(map(torch.equal, result, results[0]))
 

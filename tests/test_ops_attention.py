@@ -86,11 +86,11 @@ def test_the_table_decides_where_the_kernels_would_do(monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Card")
     monkeypatch.setattr(module, "_table", lambda: {"Card": {"72": {"256": "sdpa", "463": "native"}}})
     fake = type("", (), {"device": torch.device("cuda"), "shape": qkv.shape, "dtype": qkv.dtype})()
-    assert preferred(fake, 450) == "native" and preferred(qkv, 450) == "sdpa"
+    assert preferred(fake) == "native" and preferred(qkv) == "sdpa"
     fake.shape = (1, 100, 3, 1, 72)
-    assert preferred(fake, 100) == "sdpa"
+    assert preferred(fake) == "sdpa"
     monkeypatch.setattr(module, "_table", lambda: {"Another": {"72": {"463": "native"}}})
-    assert preferred(fake, 100) == "sdpa"
+    assert preferred(fake) == "sdpa"
 
 
 def test_the_committed_table_names_only_what_there_is():

@@ -2,36 +2,18 @@
 
 import itertools
 import math
-import os
 
 import pytest
 import torch
+from op_cases import DEVICES, EPS_DTYPES, OPS, SHAPES, restore_cpu, same_numbers_in_every_run  # noqa: F401  (fixtures)
 
-from proxt2i.ops import guided_eps, native_available, philox_normal, transition_log_ratio
+from proxt2i import _C
+from proxt2i.ops import guided_eps, philox_normal, transition_log_ratio
 
-if not native_available() and os.environ.get("PROXT2I_REQUIRE_NATIVE") != "1":
-    pytest.skip("proxt2i._C is not built", allow_module_level=True)
-from proxt2i import _C  # noqa: E402
-
-DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(
-    not (torch.cuda.is_available() and native_available("cuda")), reason="needs a GPU and an extension with CUDA kernels"))]
-SHAPES = [(3, 5, 7), (2, 1), (5,), (1, 2, 3), (2, 511), (2, 512), (3, 513), (2, 4, 700)]
-EPS_DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
-OPS = torch.ops.proxt2i
 W = 2.5
 
 
-@pytest.fixture(autouse=True)
-def same_numbers_in_every_run():
-    torch.manual_seed(0)
-
-
-@pytest.fixture
-def restore_cpu():
-    isa, threads = _C.build_info()["cpu_isa"], torch.get_num_threads()
-    yield
-    _C.use_cpu_isa(isa)
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("same_numbers_in_every_run")
 
 
 def inputs(*shape, dtype=torch.float32, eps_dtype=None, device="cpu", change=0.05, seed=0):

@@ -49,6 +49,15 @@ static PROXT2I_INLINE T chunk_sum(T (&terms)[chunk_size], int64_t length) {
   return sum_by_halving<chunk_size>(terms);
 }
 
+// The two sums of a chunk at this offset of its image, to their place among SumArgs::partials.
+template <typename T>
+static PROXT2I_INLINE void store_sums(T (&first)[chunk_size], T (&second)[chunk_size], int64_t per_image, int64_t image, int64_t offset,
+                                      int64_t length, T* partials) {
+  T* partial = partials + 2 * (image * chunks_in(per_image) + offset / chunk_size);
+  partial[0] = chunk_sum(first, length);
+  partial[1] = chunk_sum(second, length);
+}
+
 template <Isa isa, typename Kernel>
 static PROXT2I_INLINE void run_chunks(const Kernel& kernel, int64_t begin, int64_t end) {
   const int64_t chunks_per_image = chunks_in(kernel.per_image);

@@ -64,9 +64,7 @@ struct Errors : MatchingArgs<T, E> {
       squares[i] = error[i] * error[i];
       error[i] = magnitude(error[i]);
     }
-    T* partial = partials + 2 * (image * chunks_in(this->per_image) + offset / chunk_size);
-    partial[0] = chunk_sum(squares, length);
-    partial[1] = chunk_sum(error, length);
+    store_sums(squares, error, this->per_image, image, offset, length, partials);
   }
 };
 

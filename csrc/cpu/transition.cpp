@@ -53,9 +53,7 @@ struct LogRatio : TransitionArgs<T, E> {
       const T q = shift(c.eps[i], c.ref[i], c.scale);
       squares[i] = q * q;
     }
-    T* partial = partials + 2 * (image * chunks_in(this->per_image) + offset / chunk_size);
-    partial[0] = chunk_sum(terms, length);
-    partial[1] = chunk_sum(squares, length);
+    store_sums(terms, squares, this->per_image, image, offset, length, partials);
   }
 };
 

@@ -60,6 +60,16 @@ struct AttentionHead {
   }
 };
 
+// Starts copying tile number `tile` of two streams of rows below `limit`, to one of the two places that each has.
+template <int D, int rows, typename T>
+__device__ __forceinline__ void load_pair(int tile, T* first_tiles, const T* first, int64_t first_pitch, T* second_tiles, const T* second,
+                                          int64_t second_pitch, int limit) {
+  const int at = (tile % 2) * tile_size<D, rows>;
+  load_tile<D, rows, attention_threads>(first_tiles + at, first, first_pitch, tile * rows, limit);
+  load_tile<D, rows, attention_threads>(second_tiles + at, second, second_pitch, tile * rows, limit);
+  cp_async_commit();
+}
+
 // The largest x of the four lanes that hold a row.
 __device__ __forceinline__ float row_max(float x) {
   x = fmaxf(x, __shfl_xor_sync(0xFFFFFFFFu, x, 1));
@@ -105,6 +115,15 @@ __device__ __forceinline__ void normalise_rows(T* tile, const float* weight, flo
     for (int i = 0; i < 8; ++i) x[i] *= factor * weight[column + i];
     store8(row + column, x);
   }
+}
+
+// QK-norm, if there is any, of a tile that has just arrived, and with the first one of the rows that the block keeps.
+template <int D, int rows, typename T>
+__device__ __forceinline__ void normalise_tiles(int tile, T* kept, const float* kept_weight, T* arrived, const float* weight, float eps) {
+  if (weight == nullptr) return;
+  if (tile == 0) normalise_rows<D, block_rows>(kept, kept_weight, eps);
+  normalise_rows<D, rows>(arrived, weight, eps);
+  __syncthreads();
 }
 
 // Backward of QK-norm for a warp's 16 rows. grads: tile rows with the gradients of the normalised x; source, target: rows of the raw x

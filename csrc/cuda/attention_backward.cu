@@ -71,10 +71,7 @@ __global__ void __launch_bounds__(attention_threads, 2) attention_dq_kernel(cons
   const T* const grad_rows = grad_tile + warp_row * tile_stride<D>;
 
   const auto load_keys = [&](int tile) {
-    const int at = (tile % 2) * tile_size<D, tile_keys>;
-    load_tile<D, tile_keys, attention_threads>(k_tiles + at, head.k, head.pitch, tile * tile_keys, head.keys);
-    load_tile<D, tile_keys, attention_threads>(v_tiles + at, head.v, head.pitch, tile * tile_keys, head.keys);
-    cp_async_commit();
+    load_pair<D, tile_keys>(tile, k_tiles, head.k, head.pitch, v_tiles, head.v, head.pitch, head.keys);
   };
   const int num_tiles = (head.keys + tile_keys - 1) / tile_keys;
   load_tile<D, block_rows, attention_threads>(q_tile, head.q, head.pitch, first_query, args.queries);
@@ -98,11 +95,7 @@ __global__ void __launch_bounds__(attention_threads, 2) attention_dq_kernel(cons
     if (tile + 1 < num_tiles) load_keys(tile + 1);
     T* const k = k_tiles + (tile % 2) * tile_size<D, tile_keys>;
     const T* const v = v_tiles + (tile % 2) * tile_size<D, tile_keys>;
-    if (args.k_weight != nullptr) {
-      if (tile == 0) normalise_rows<D, block_rows>(q_tile, args.q_weight, args.norm_eps);
-      normalise_rows<D, tile_keys>(k, args.k_weight, args.norm_eps);
-      __syncthreads();
-    }
+    normalise_tiles<D, tile_keys>(tile, q_tile, args.q_weight, k, args.k_weight, args.norm_eps);
 
     float s[tile_keys / 8][4] = {}, dp[tile_keys / 8][4] = {};
     multiply_transposed<T, D, tile_keys>(s, SharedRows16<D, T>{q_rows}, k);
@@ -146,11 +139,8 @@ __global__ void __launch_bounds__(attention_threads, 2) attention_dkv_kernel(con
   T* const v_rows = v_tile + warp_row * tile_stride<D>;
 
   const auto load_queries = [&](int tile) {
-    const int at = (tile % 2) * tile_size<D, rows>, first = tile * rows;
-    load_tile<D, rows, attention_threads>(q_tiles + at, head.q, head.pitch, first, args.queries);
-    load_tile<D, rows, attention_threads>(grad_tiles + at, args.grad_out + head.out_offset, head.out_pitch, first, args.queries);
-    cp_async_commit();
-    const int i = static_cast<int>(threadIdx.x), row = first + i;
+    load_pair<D, rows>(tile, q_tiles, head.q, head.pitch, grad_tiles, args.grad_out + head.out_offset, head.out_pitch, args.queries);
+    const int i = static_cast<int>(threadIdx.x), row = tile * rows + i;
     if (i < rows) {
       const bool valid = row < args.queries;
       lse_tiles[(tile % 2) * rows + i] = valid ? args.lse[head.lse_offset + row] * log2_e : INFINITY;
@@ -174,11 +164,7 @@ __global__ void __launch_bounds__(attention_threads, 2) attention_dkv_kernel(con
     const float* const lse = lse_tiles + (tile % 2) * rows + 2 * (lane % 4);
     const float* const delta = delta_tiles + (tile % 2) * rows + 2 * (lane % 4);
 
-    if (args.q_weight != nullptr) {
-      if (tile == 0) normalise_rows<D, block_rows>(k_tile, args.k_weight, args.norm_eps);
-      normalise_rows<D, rows>(q, args.q_weight, args.norm_eps);
-      __syncthreads();
-    }
+    normalise_tiles<D, rows>(tile, k_tile, args.k_weight, q, args.q_weight, args.norm_eps);
 
     float p[rows / 8][4] = {};  // transposed: a row is a key, a column a query
     multiply_transposed<T, D, rows>(p, SharedRows16<D, T>{k_rows}, q);

@@ -23,10 +23,7 @@ __global__ void __launch_bounds__(attention_threads, D > 96 ? 2 : 3) attention_f
   T* const q_rows = q_tile + static_cast<int>(threadIdx.x / 32) * 16 * tile_stride<D>;  // this warp's
 
   const auto load_keys = [&](int tile) {
-    const int at = (tile % 2) * tile_size<D, tile_keys>;
-    load_tile<D, tile_keys, attention_threads>(k_tiles + at, head.k, head.pitch, tile * tile_keys, head.keys);
-    load_tile<D, tile_keys, attention_threads>(v_tiles + at, head.v, head.pitch, tile * tile_keys, head.keys);
-    cp_async_commit();
+    load_pair<D, tile_keys>(tile, k_tiles, head.k, head.pitch, v_tiles, head.v, head.pitch, head.keys);
   };
   const int num_tiles = (head.keys + tile_keys - 1) / tile_keys;
   load_tile<D, block_rows, attention_threads>(q_tile, head.q, head.pitch, first_query, args.queries);
@@ -43,11 +40,7 @@ __global__ void __launch_bounds__(attention_threads, D > 96 ? 2 : 3) attention_f
     T* const k = k_tiles + (tile % 2) * tile_size<D, tile_keys>;
     const T* const v = v_tiles + (tile % 2) * tile_size<D, tile_keys>;
 
-    if (args.k_weight != nullptr) {
-      if (tile == 0) normalise_rows<D, block_rows>(q_tile, args.q_weight, args.norm_eps);
-      normalise_rows<D, tile_keys>(k, args.k_weight, args.norm_eps);
-      __syncthreads();
-    }
+    normalise_tiles<D, tile_keys>(tile, q_tile, args.q_weight, k, args.k_weight, args.norm_eps);
     if (tile == 0) q.load(q_rows);
 
     float s[tile_keys / 8][4] = {};

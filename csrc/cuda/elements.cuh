@@ -61,7 +61,17 @@ __device__ __forceinline__ T warp_sum(const Vec4<T>& of_lane) {
   return (terms.v[0] + terms.v[2]) + (terms.v[1] + terms.v[3]);
 }
 
-// f.template terms<aligned>(image, first, count, Vec4& first_terms, Vec4& second_terms), which come in as zeros. A warp takes a chunk.
+// Elements past the image's end add nothing.
+template <typename T>
+__device__ __forceinline__ void clear_from(int count, Vec4<T>& terms) {
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    if (i >= count) terms.v[i] = 0;
+  }
+}
+
+// f.template terms<aligned>(image, first, count, Vec4& first_terms, Vec4& second_terms) sets both for four elements, of which `count`
+// exist. A warp takes a chunk.
 template <bool aligned, typename F, typename T>
 __global__ void __launch_bounds__(element_threads, 2) partial_sums_kernel(const F f, T* partials) {
   const int lane = static_cast<int>(threadIdx.x) % warp_size;
@@ -76,7 +86,11 @@ __global__ void __launch_bounds__(element_threads, 2) partial_sums_kernel(const 
       for (int row = 0; row < 4; ++row) {
         const int64_t first = chunk * chunk_size + row * warp_elements + 4 * lane;
         const int64_t left = f.per_image - first;
-        if (left > 0) f.template terms<aligned>(image, first, left < 4 ? static_cast<int>(left) : 4, first_terms[row], second_terms[row]);
+        if (left <= 0) continue;
+        const int count = left < 4 ? static_cast<int>(left) : 4;
+        f.template terms<aligned>(image, first, count, first_terms[row], second_terms[row]);
+        clear_from(count, first_terms[row]);
+        clear_from(count, second_terms[row]);
       }
       const T first_sum = warp_sum((first_terms[0] + first_terms[2]) + (first_terms[1] + first_terms[3]));
       const T second_sum = warp_sum((second_terms[0] + second_terms[2]) + (second_terms[1] + second_terms[3]));

@@ -52,8 +52,8 @@ struct Errors : MatchingArgs<T, E> {
   __device__ __forceinline__ void terms(int64_t image, int64_t first, int count, Vec4<T>& squares, Vec4<T>& magnitudes) const {
     const Vec4<T> error = errors4<aligned>(*this, image, first, count);
     for (int i = 0; i < 4; ++i) {
-      squares.v[i] = i < count ? error.v[i] * error.v[i] : 0;
-      magnitudes.v[i] = i < count ? magnitude(error.v[i]) : 0;
+      squares.v[i] = error.v[i] * error.v[i];
+      magnitudes.v[i] = magnitude(error.v[i]);
     }
   }
 };

@@ -47,8 +47,8 @@ struct LogRatio : TransitionArgs<T, E> {
   __device__ __forceinline__ void terms(int64_t image, int64_t first, int count, Vec4<T>& ratio, Vec4<T>& squares) const {
     const Shifts<T> s = shifts4<aligned>(*this, image, first, count);
     for (int i = 0; i < 4; ++i) {
-      ratio.v[i] = i < count ? log_ratio_term(s.z.v[i], s.d.v[i]) : 0;
-      squares.v[i] = i < count ? s.q.v[i] * s.q.v[i] : 0;
+      ratio.v[i] = log_ratio_term(s.z.v[i], s.d.v[i]);
+      squares.v[i] = s.q.v[i] * s.q.v[i];
     }
   }
 };

@@ -48,7 +48,7 @@ def attention(qkv: torch.Tensor, *, key_lengths: torch.Tensor | None = None, num
         raise ValueError(f"q_weight and k_weight must both be given with shape [{qkv.shape[-1]}], or neither")
     if impl not in IMPLS:
         raise ValueError(f"impl must be one of {IMPLS}, not {impl!r}")
-    impl = impl or preferred(qkv, num_queries)
+    impl = impl or preferred(qkv)
     if impl == "native":
         problem = why_not_native(qkv)
         if problem:
@@ -98,7 +98,7 @@ def why_not_native(qkv: torch.Tensor) -> str | None:
     return None
 
 
-def preferred(qkv: torch.Tensor, num_queries: int) -> str:
+def preferred(qkv: torch.Tensor) -> str:
     """"native" where the table says that it was faster on this kind of GPU at the nearest measured number of tokens, else "sdpa"."""
     if qkv.device.type != "cuda" or why_not_native(qkv):
         return "sdpa"

@@ -14,12 +14,12 @@ from collections.abc import Sequence
 
 import torch
 
+from proxt2i.ops.checks import FLOATS, elements_per_image
 from proxt2i.ops.native import native_available, use_native
 from proxt2i.ops.philox import check_seeds, philox_normal, philox_normal_ref
 
 __all__ = ["COEFFICIENTS", "native_available", "philox_normal", "prox_step", "prox_step_ref"]
 
-EPS_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 COEFFICIENTS = ("guidance_scale", "sqrt_lam", "a", "b", "clean_y", "clean_eps", "memory", "draw")  # columns, as in csrc/common/op.h
 
 
@@ -96,13 +96,7 @@ def _columns(row, y):
 
 def _draw(y, seeds, row):
     """z of every image, in y's dtype; images at different steps have different draws."""
-    count, draws = y[0].numel() if y.shape[0] else 0, row[..., -1].long()
-    if draws.dim() == 0:
-        z = philox_normal_ref(seeds, int(draws), count)
-    else:
-        each = [philox_normal_ref(seeds[i : i + 1], draw, count) for i, draw in enumerate(draws.tolist())]
-        z = torch.cat(each) if each else y.new_empty(0, count)
-    return z.reshape(y.shape).to(y.dtype)
+    return philox_normal_ref(seeds, row[..., -1].long(), elements_per_image(y)).reshape(y.shape).to(y.dtype)
 
 
 def _check_row(y, row):
@@ -118,7 +112,7 @@ def _check_like(y, tensor, name):
         raise ValueError(f"{name} must have y's shape {tuple(y.shape)}, not {tuple(tensor.shape)}")
     if tensor.device != y.device:
         raise ValueError(f"{name} is on {tensor.device}, but y is on {y.device}")
-    if tensor.dtype not in EPS_DTYPES:
+    if tensor.dtype not in FLOATS:
         raise ValueError(f"{name} must be float32, float64, bfloat16 or float16, not {tensor.dtype}")
 
 
