@@ -66,7 +66,7 @@ cuda-check: $(STAMP)
 	@if ! command -v nvcc >/dev/null; then echo "cuda-check: skipped, nvcc is not on PATH"; else \
 	  cmake -S . -B $(CUDA_BUILD) -G Ninja --log-level=WARNING -DPROXT2I_CUDA=CHECK -DPython_EXECUTABLE="$(BIN)/python" \
 	  && "$(BIN)/python" csrc/cuda/resources.py cmake --build $(CUDA_BUILD) --target cuda_compile_check --clean-first \
-  && echo "cuda-check: compiled for sm_80 and sm_90a without warnings or spills"; fi
+	  && echo "cuda-check: compiled for sm_80 and sm_90a without warnings or spills"; fi
 
 # Nothing is set up or fetched: the Python of $(VENV) if there is one, else $(PYTHON) with whatever it has.
 gpu-check:

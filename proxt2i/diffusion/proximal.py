@@ -82,7 +82,7 @@ def step_rows(plan: Plan, scales: Sequence[float]) -> list[list[float]]:
         clean_y = 1 / math.sqrt(plan.schedule.alpha(t))
         clean_eps = clean_y * (plan.schedule.one_minus_alpha(t) + lam) / math.sqrt(lam)
         rows.append(step_row(plan.rho[i] * math.sqrt(lam), guidance_scale=scale, clean_y=clean_y, clean_eps=clean_eps,
-                                 draw=i + 2, **to_next))
+                             draw=i + 2, **to_next))
     return rows
 
 
