@@ -45,6 +45,7 @@ class DataConfig:
 class ModelConfig:
     preset: str = "portraits"  # name in proxt2i.models.uvit.PRESETS; the fields below override it (null: the preset's)
     components: Optional[str] = None  # model folder with vae/, text_encoder/, tokenizer/; null: the embedded ones
+    init_from: Optional[str] = None  # model folder whose weights a new run starts from (another image size: positions are interpolated)
     embed_dim: Optional[int] = None  # width of the U-ViT
     depth: Optional[int] = None  # number of blocks (odd: in-blocks, one middle, out-blocks)
     num_heads: Optional[int] = None  # attention heads; must divide embed_dim
@@ -85,6 +86,7 @@ class OptimConfig:
     warmup_images: int = 10_000  # linear warm-up from 0 (images)
     final_lr: float = 0.0  # learning rate at the end of the cosine, as a fraction of lr
     grad_clip: float = 1.0  # largest global gradient norm; 0: no clipping
+    spike: float = 10.0  # skip a step whose gradient norm is this many times the mean of the last 100; 0: never
     ema_half_life: int = 10_000  # half-life of the averaged weights (images)
     ema_ramp: float = 0.1  # the half-life is at most this fraction of the images seen so far
 
@@ -97,8 +99,9 @@ class TrainConfig:
     batch_size: int = 64  # images per optimiser step, all ranks together
     micro_batch: Optional[int] = None  # images per forward pass and rank; null: batch_size / ranks (no accumulation)
     precision: str = "auto"  # auto (bf16 on GPU, fp32 on CPU), fp32 or bf16: autocast only, parameters stay fp32
+    compile: bool = False  # torch.compile every block: faster on GPUs after a minute or two; ZeRO stages 1 and 2
     threads: int = 0  # CPU threads per rank; 0: cores / ranks on this machine
-    max_bad_steps: int = 20  # stop after this many steps in a row with a non-finite gradient (each is skipped)
+    max_bad_steps: int = 20  # stop after this many steps in a row with a non-finite gradient or a spike (each is skipped)
     log_every: int = 2_560  # write statistics this often (images)
     checkpoint_every: int = 50_000  # save a checkpoint this often (images)
     keep_checkpoints: int = 2  # newest checkpoints to keep
@@ -132,15 +135,14 @@ class Config:
     sample: SampleConfig = field(default_factory=SampleConfig)
 
 
-def load_config(file: str | Path | None = None, overrides: list[str] = (), world_size: int = 1) -> Config:
-    """Defaults, then `file` (YAML), then `overrides` ("section.key=value"); checked by `validate`.
+def load_config(files: str | Path | list[str | Path] = (), overrides: list[str] = (), world_size: int = 1) -> Config:
+    """Defaults, then `files` (YAML, later ones win), then `overrides` ("section.key=value"); checked by `validate`.
 
     Raises ValueError for an unreadable file, an unknown key, a wrong type or a broken rule.
     """
     config = OmegaConf.structured(Config)
-    if file is not None:
-        for key, value in _leaves(_read_yaml(Path(file)), source=str(file)):
-            _assign(config, key, value, source=str(file))
+    for file in [files] if isinstance(files, (str, Path)) else files or ():
+        _assign_all(config, _read_yaml(Path(file)), source=str(file))
     for override in overrides:
         key, equals, text = override.partition("=")
         if not equals or "." not in key:
@@ -149,6 +151,13 @@ def load_config(file: str | Path | None = None, overrides: list[str] = (), world
     config = OmegaConf.to_object(config)
     validate(config, world_size)
     return config
+
+
+def config_of(tree: dict, source: str) -> Config:
+    """The Config that dataclasses.asdict made `tree` of, not validated. ValueError, naming `source`, if it is none."""
+    config = OmegaConf.structured(Config)
+    _assign_all(config, tree, source)
+    return OmegaConf.to_object(config)
 
 
 def to_yaml(config: Config) -> str:
@@ -185,6 +194,11 @@ def _read_yaml(path: Path) -> dict:
     if not isinstance(loaded, dict):
         raise ValueError(f"config file {path} must hold sections ({', '.join(_sections())}), not a {type(loaded).__name__}")
     return loaded
+
+
+def _assign_all(config, tree: dict, source: str) -> None:
+    for key, value in _leaves(tree, source):
+        _assign(config, key, value, source)
 
 
 def _leaves(tree: dict, source: str):
@@ -238,7 +252,7 @@ def _validate_ranges(config: Config) -> None:
     positive = ("data.num_images", "data.shard_size", "data.image_size", "optim.lr", "optim.muon_lr", "optim.eps", "optim.ema_half_life",
                 "diffusion.zeta", "diffusion.beta_max", "train.images", "train.batch_size", "train.max_bad_steps",
                 "train.log_every", "train.checkpoint_every", "train.keep_checkpoints", "sample.per_prompt", "sample.steps")
-    not_negative = ("data.workers", "optim.weight_decay", "optim.warmup_images", "optim.grad_clip",
+    not_negative = ("data.workers", "optim.weight_decay", "optim.spike", "optim.warmup_images", "optim.grad_clip",
                     "optim.ema_ramp", "diffusion.beta_min", "diffusion.snr_power", "diffusion.weight_power", "diffusion.l1_images", "train.threads", "sample.every")
     fractions = ("diffusion.caption_dropout", "optim.final_lr", "sample.guidance_below")
     choices = {"optim.name": OPTIMIZERS, "diffusion.objective": OBJECTIVES, "diffusion.target": TARGETS,
@@ -299,11 +313,13 @@ def _validate_plans(config: Config) -> None:
 
 
 def _validate_paths(config: Config) -> None:
-    shards, components = config.data.shards, config.model.components
+    shards, components, init_from = config.data.shards, config.model.components, config.model.init_from
     if shards != "portraits" and not Path(shards).exists():
         raise ValueError(f'data.shards: {shards} does not exist; give a folder of tar shards, or "portraits"')
     if components is not None and not Path(components).is_dir():
         raise ValueError(f"model.components: folder {components} does not exist")
+    if init_from is not None and not Path(init_from).is_dir():
+        raise ValueError(f"model.init_from: folder {init_from} does not exist; `python -m proxt2i.export RUN` makes one of a run")
 
 
 def _get(config: Config, key: str):

@@ -9,6 +9,7 @@ A folder may hold only uvit/ and scheduler/: text encoder and VAE then are the o
 import difflib
 import json
 import shutil
+import tempfile
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 
@@ -18,7 +19,7 @@ from torch import nn
 
 from ..config import OBJECTIVES
 from .files import atomic_folder, check_component, check_safetensors, read_json, require_folder
-from .text import TextEncoder
+from .text import ENCODERS, TextEncoder
 from .uvit import UViT2DModel
 from .vae import LatentCodec, PixelSpace, load_codec
 
@@ -156,31 +157,34 @@ def save_bundle(folder: Path | str, bundle: Bundle, with_components: bool = True
     Text encoder and VAE never change, so their files are copied from `bundle.source` as they are (or written from
     memory when that is None). `with_components=False` leaves them out, for models that use the embedded ones.
     """
+    if with_components and bundle.source is None:
+        with tempfile.TemporaryDirectory() as source:
+            bundle.text.save_pretrained(source)
+            bundle.codec.save_pretrained(source)
+            save_model(folder, bundle.uvit, bundle.settings, Path(source))
+    else:
+        save_model(folder, bundle.uvit, bundle.settings, bundle.source if with_components else None)
+
+
+def save_model(folder: Path | str, uvit: UViT2DModel, settings: Settings, components: Path | None) -> None:
+    """save_bundle without loading text encoder and VAE: their folders are copied from `components` (None: left out)."""
     with atomic_folder(folder) as tmp:
-        bundle.uvit.save_pretrained(tmp / "uvit", safe_serialization=True)
+        uvit.save_pretrained(tmp / "uvit", safe_serialization=True)
         (tmp / SCHEDULER_FILE).parent.mkdir()
-        (tmp / SCHEDULER_FILE).write_text(json.dumps(asdict(bundle.settings), indent=2) + "\n")
-        if with_components:
-            _save_components(tmp, bundle)
-        (tmp / "model_index.json").write_text(json.dumps(_model_index(tmp, bundle), indent=2) + "\n")
+        (tmp / SCHEDULER_FILE).write_text(json.dumps(asdict(settings), indent=2) + "\n")
+        for path in sorted(components.iterdir()) if components else ():
+            if path.is_dir() and path.name.startswith(("vae", "text_encoder", "tokenizer")):
+                shutil.copytree(path, tmp / path.name)
+        (tmp / "model_index.json").write_text(json.dumps(_model_index(tmp), indent=2) + "\n")
 
 
-def _save_components(folder: Path, bundle: Bundle) -> None:
-    if bundle.source is None:
-        bundle.text.save_pretrained(folder)
-        bundle.codec.save_pretrained(folder)
-        return
-    for path in sorted(Path(bundle.source).iterdir()):
-        if path.is_dir() and path.name.startswith(("vae", "text_encoder", "tokenizer")):
-            shutil.copytree(path, folder / path.name)
-
-
-def _model_index(folder: Path, bundle: Bundle) -> dict:
+def _model_index(folder: Path) -> dict:
     """diffusers' table of contents: component -> [library, class]."""
     index = {"_class_name": "ProxT2IPipeline", "uvit": ["proxt2i.models", "UViT2DModel"]}
-    for i, (tokenizer, encoder) in enumerate(zip(bundle.text.tokenizers, bundle.text.encoders)):
-        suffix = f"_{i + 1}" if i else ""
-        index[f"text_encoder{suffix}"] = ["transformers", type(encoder).__name__]
-        index[f"tokenizer{suffix}"] = ["transformers", type(tokenizer).__name__]
-    index["vae"] = ["diffusers", "AutoencoderKL"]
-    return {key: value for key, value in index.items() if key.startswith("_") or (folder / key).is_dir()}
+    for path in sorted(folder.glob("text_encoder*")):
+        index[path.name] = ["transformers", ENCODERS[read_json(path / "config.json")["model_type"]].__name__]
+    for path in sorted(folder.glob("tokenizer*")):
+        index[path.name] = ["transformers", read_json(path / "tokenizer_config.json").get("tokenizer_class", "PreTrainedTokenizerFast")]
+    if (folder / "vae").is_dir():
+        index["vae"] = ["diffusers", "AutoencoderKL"]
+    return index

@@ -227,6 +227,11 @@ class UViT2DModel(ModelMixin, ConfigMixin):
             x = self._call(block, x, skips.pop(), num_image_tokens if last else None)
         return x
 
+    def compile_blocks(self) -> None:
+        """torch.compile every block by itself: equal blocks share their code. Shapes may change between calls."""
+        for block in [*self.in_blocks, self.mid_block, *self.out_blocks]:
+            block.compile()
+
     def _call(self, block: Block, *args) -> Tensor:
         if self.gradient_checkpointing and torch.is_grad_enabled():
             return checkpoint(block, *args, use_reentrant=False)

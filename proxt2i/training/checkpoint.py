@@ -1,9 +1,8 @@
 """Checkpoints that a crash can neither damage nor lose.
 
     RUN/checkpoints/step-000050000/     named by images seen
-        uvit/, uvit_ema/                weights and averaged weights, diffusers layout (config.json + safetensors)
-        optimizer-00000-of-00002.safetensors   AdamW state of one rank's ZeRO partition
-        state.json                      progress, resolved config, size and SHA-256 of every other file
+        rank-00000-of-00002.safetensors what one rank owns: weights, averaged weights, optimizer state (see training.state)
+        state.json                      progress, resolved config, the network, size and SHA-256 of every other file
     RUN/checkpoints/latest              name of the newest one
 
 Everything is written under step-IMAGES.tmp, synced to disk and renamed; `latest` moves last and old checkpoints go only
@@ -20,7 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Callable
 
-import torch.distributed as dist
+from safetensors import SafetensorError
 
 from proxt2i.models.files import fsync_tree
 from proxt2i.training.distributed import Ranks, first_rank_does, gather_objects
@@ -46,86 +45,111 @@ class CheckpointStore:
         self.folder = Path(run_dir) / "checkpoints"
         self.ranks, self.keep = ranks, keep
 
-    def save(self, state: dict, write_weights: Callable[[Path], None], write_rank: Callable[[Path], Path]) -> Path:
-        """Collective. Rank 0 calls write_weights(folder); every rank calls write_rank(folder), which returns the file it wrote.
+    def save(self, state: dict, write_rank: Callable[[Path], Path]) -> Path:
+        """Collective. Every rank calls write_rank(folder), which returns the file it wrote. Returns the finished checkpoint's folder.
 
-        `state` must hold "images_seen". Returns the finished checkpoint's folder.
+        `state` must hold "images_seen". Raises ValueError on every rank when one could not write (disk full, say): what
+        was written is removed again, and older checkpoints stay as they were.
         """
         final = self.folder / f"step-{state['images_seen']:09d}"
         partial = final.with_suffix(".tmp")
-        if self.ranks.is_first:
-            shutil.rmtree(partial, ignore_errors=True)
-            partial.mkdir(parents=True)
-        dist.barrier()
-        own_file = write_rank(partial)
-        own = {own_file.relative_to(partial).as_posix(): _fingerprint(own_file)}
-        fsync(own_file)
-        if self.ranks.is_first:
-            write_weights(partial)
-        files = {name: fingerprint for part in gather_objects(own) for name, fingerprint in part.items()}
-        if self.ranks.is_first:
-            self._finish(partial, final, state, files)
-        dist.barrier()
+        first_rank_does(self.ranks, lambda: self._attempt(final, lambda: _make_empty(partial)))
+        own, problem = {}, None
+        try:
+            own = self._attempt(final, lambda: _written(write_rank(partial)))
+        except ValueError as error:
+            problem = f"rank {self.ranks.rank}: {error}"
+        parts = gather_objects((own, problem))
+        problems = [problem for _, problem in parts if problem]
+        files = {name: fingerprint for part, _ in parts for name, fingerprint in part.items()}
+
+        def finish():
+            try:
+                if problems:
+                    raise ValueError("; ".join(problems))
+                self._attempt(final, lambda: self._finish(partial, final, state, files))
+            except ValueError:
+                shutil.rmtree(partial, ignore_errors=True)
+                raise
+
+        first_rank_does(self.ranks, finish)
         return final
 
+    def _attempt(self, final: Path, work: Callable):
+        """work(), with what a disk can do to it as a ValueError that says what is left."""
+        try:
+            return work()
+        except (OSError, SafetensorError) as error:
+            kept = finished(self.folder)
+            rest = f"the last good checkpoint is {self.folder / kept[0]}" if kept else "there is no earlier checkpoint"
+            raise ValueError(f"cannot save {final}: {error}; {rest}. Make room or mend the disk, then continue with --resume") from None
+
     def _finish(self, partial: Path, final: Path, state: dict, files: dict) -> None:
-        for path in sorted(p for p in partial.rglob("*") if p.is_file()):
-            files.setdefault(path.relative_to(partial).as_posix(), _fingerprint(path))
         (partial / STATE).write_text(json.dumps({**state, "files": files}, indent=1))
         fsync_tree(partial)
         shutil.rmtree(final, ignore_errors=True)
         os.rename(partial, final)
         fsync(self.folder)
         replace_text(self.folder / LATEST, final.name)
-        for old in self._names()[self.keep:]:
+        for old in finished(self.folder)[self.keep:]:
             shutil.rmtree(self.folder / old)
 
     def exist(self) -> bool:
-        return bool(self._names())
+        return bool(finished(self.folder))
 
     def find(self, wanted: str, say: Callable[[str], None] = print) -> Checkpoint | None:
-        """Collective. The checkpoint to resume from: the newest intact one for "auto", else the folder `wanted`.
+        """Collective. The checkpoint to resume from: this run's newest intact one for "auto", else find_checkpoint(wanted)."""
+        run_dir = self.folder.parent
+        found = first_rank_does(self.ranks, lambda: None if wanted == "auto" and not run_dir.is_dir() else
+                                find_checkpoint(run_dir if wanted == "auto" else Path(wanted), say))
+        return None if found is None else Checkpoint(found, read_state(found))
 
-        `wanted` may also be a run folder. Damaged checkpoints are skipped with a message naming the file. None when
-        there is no checkpoint at all. Raises ValueError when there are some but none is intact, or `wanted` is unusable.
-        """
-        folder = first_rank_does(self.ranks, lambda: self._find(wanted, say))
-        return None if folder is None else Checkpoint(Path(folder), read_state(Path(folder)))
+def finished(folder: Path) -> list[str]:
+    """Names of the finished checkpoints in a run's checkpoints folder, newest first."""
+    if not folder.is_dir():
+        return []
+    return sorted((p.name for p in folder.glob("step-*") if p.is_dir() and p.name[5:].isdigit()), reverse=True)
 
-    def _find(self, wanted: str, say) -> str | None:
-        store = self
-        if wanted != "auto":
-            path = Path(wanted)
-            if not path.is_dir():
-                raise ValueError(f"--resume {wanted}: no such folder")
-            if not (path / "checkpoints").is_dir():
-                check_intact(path)
-                return str(path)
-            store = CheckpointStore(path, self.ranks)
-        names = store._names()
-        for name in names:
-            try:
-                check_intact(store.folder / name)
-                return str(store.folder / name)
-            except ValueError as error:
-                say(f"skipping a damaged checkpoint: {error}")
-        if names:
-            raise ValueError(f"none of the {len(names)} checkpoints in {store.folder} is intact; "
-                             f"start over in another train.run_dir, or delete that folder")
-        return None
 
-    def _names(self) -> list[str]:
-        """Finished checkpoints, newest first."""
-        if not self.folder.is_dir():
-            return []
-        return sorted((p.name for p in self.folder.glob("step-*") if p.is_dir() and p.name[5:].isdigit()), reverse=True)
+def find_checkpoint(path: Path, say: Callable[[str], None] = print) -> Path | None:
+    """`path` is a checkpoint: that, if it is intact. `path` is a run folder: its newest intact one; None if it has none at all.
+
+    Damaged ones are skipped with a message. Raises ValueError when none is intact, naming the damaged file.
+    """
+    if not path.is_dir():
+        raise ValueError(f"{path}: no such folder; give a run folder or one of its checkpoints/step-*")
+    if (path / STATE).exists() or path.name.startswith("step-"):
+        check_intact(path)
+        return path
+    names = finished(path / "checkpoints")
+    for name in names:
+        try:
+            check_intact(path / "checkpoints" / name)
+            return path / "checkpoints" / name
+        except ValueError as error:
+            say(f"skipping a damaged checkpoint: {error}")
+    if names:
+        raise ValueError(f"none of the {len(names)} checkpoints in {path / 'checkpoints'} is intact; "
+                         "start over in another train.run_dir, or delete that folder")
+    return None
+
+
+def _make_empty(folder: Path) -> None:
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+
+
+def _written(path: Path) -> dict:
+    """{name: fingerprint} of a file that is safely on the disk."""
+    fsync(path)
+    return {path.name: _fingerprint(path)}
 
 
 def read_state(folder: Path) -> dict:
     path = folder / STATE
     try:
         state = json.loads(path.read_text())
-        state["images_seen"], state["files"]
+        state["images_seen"], state["files"], state["config"], state["network"]
         return state
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{path} cannot be read as a checkpoint's state ({type(error).__name__}: {error})") from None

@@ -2,23 +2,20 @@
 
 from __future__ import annotations
 
-import copy
-
 import torch
+from torch import Tensor
 
 
 class EMA:
-    """`ema.model` is a frozen fp32 copy of `module` that trails it with a half-life of `half_life` images.
+    """`averages` trail `weights` (lists of fp32 tensors of the same shapes) with a half-life of `half_life` images.
 
     While the run is young the half-life is `ramp` times the images seen so far, so that the random initial weights
-    are forgotten. Every rank keeps the whole average: under ZeRO-1 and -2 every rank has the whole weights as well,
-    so no gather is needed.
+    are forgotten. Under ZeRO the weights are this rank's partitions: every rank averages what it owns, and nothing else.
     """
 
-    def __init__(self, module: torch.nn.Module, half_life: int, ramp: float):
-        self.model = copy.deepcopy(module).eval().requires_grad_(False)
+    def __init__(self, weights: list[Tensor], half_life: int, ramp: float):
+        self.weights, self.averages = weights, [w.detach().clone() for w in weights]
         self.half_life, self.ramp = half_life, ramp
-        self._averages, self._weights = list(self.model.parameters()), list(module.parameters())
 
     def decay(self, images_seen: int, batch_size: int) -> float:
         """Weight of the old average at the step that ends with `images_seen` images."""
@@ -27,4 +24,4 @@ class EMA:
 
     @torch.no_grad()
     def update(self, images_seen: int, batch_size: int) -> None:
-        torch._foreach_lerp_(self._averages, self._weights, 1 - self.decay(images_seen, batch_size))
+        torch._foreach_lerp_(self.averages, self.weights, 1 - self.decay(images_seen, batch_size))

@@ -1,4 +1,4 @@
-"""The DeepSpeed engine: its JSON filled in, the optimizer, the learning rate, and the optimizer's state as plain tensors."""
+"""The DeepSpeed engine: its JSON filled in, the optimizer, the learning rate."""
 
 from __future__ import annotations
 
@@ -7,13 +7,11 @@ import math
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
-from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import nn
 
 from proxt2i.config import OptimConfig, TrainConfig
-from proxt2i.training.muon import Muon
+from proxt2i.training.muon import Exchange, Matrix, Muon, Span
+from proxt2i.training.partition import Partition
 
 AUTO = "auto"
 MAX_BUCKET = 50_000_000  # elements
@@ -41,12 +39,15 @@ def read_deepspeed_json(path: str | Path) -> dict:
     except ValueError as error:
         raise ValueError(f"--deepspeed {path} is not valid JSON: {error}") from None
     zero = loaded.get("zero_optimization", {})
-    if zero.get("stage") not in (1, 2):
-        raise ValueError(f"--deepspeed {path}: zero_optimization.stage must be 1 or 2, got {zero.get('stage')}; "
-                         "stage 3 is not supported yet")
-    for entry in ("offload_optimizer", "offload_param", "cpu_offload"):
-        if zero.get(entry):
-            raise ValueError(f"--deepspeed {path}: zero_optimization.{entry} is not supported yet; remove it")
+    if zero.get("stage") not in (1, 2, 3):
+        raise ValueError(f"--deepspeed {path}: zero_optimization.stage must be 1, 2 or 3, got {zero.get('stage')}")
+    if zero.get("cpu_offload"):
+        raise ValueError(f'--deepspeed {path}: cpu_offload is DeepSpeed\'s old name; write "offload_optimizer": {{"device": "cpu"}}')
+    for entry in ("offload_optimizer", "offload_param"):
+        device = (zero.get(entry) or {}).get("device", "none")
+        if device not in ("none", "cpu"):
+            raise ValueError(f"--deepspeed {path}: zero_optimization.{entry}.device must be cpu or none, got {device}: "
+                             "what lies on an NVMe disk could not be averaged and saved every step")
     for entry in ("optimizer", "scheduler"):
         if entry in loaded:
             raise ValueError(f"--deepspeed {path}: remove {entry}; the optim section of the config sets it")
@@ -74,21 +75,39 @@ def fill_deepspeed_json(loaded: dict, train: TrainConfig, optim: OptimConfig, wo
                              f'optim.grad_clip) and {world_size} ranks give {value}; write "auto" in the JSON')
     # Buffers of the size of the model: DeepSpeed allocates a whole bucket, however small the model is.
     bucket = min(num_params, MAX_BUCKET)
-    auto_zero = {"reduce_bucket_size": bucket, "allgather_bucket_size": bucket, "overlap_comm": on_gpu}
+    auto_zero = {"reduce_bucket_size": bucket, "allgather_bucket_size": bucket, "overlap_comm": on_gpu,
+                 "stage3_prefetch_bucket_size": bucket, "stage3_max_live_parameters": 10 * MAX_BUCKET}
     zero = {key: auto_zero[key] if value == AUTO else value for key, value in loaded["zero_optimization"].items()}
-    return {**loaded, **filled, "zero_optimization": zero}
+    # Our optimizer runs wherever the state lies: DeepSpeed's CPU Adam, compiled at the first start, is not needed.
+    return {**loaded, **filled, "zero_optimization": zero, "zero_force_ds_cpu_optimizer": False}
 
 
 def initialize(model: nn.Module, deepspeed_json: dict, optim: OptimConfig):
-    """Wrap `model` in a DeepSpeed engine with Muon or torch's AdamW; weight decay on matrices only."""
+    """Wrap `model` in a DeepSpeed engine with Muon or torch's AdamW; weight decay on matrices only.
+
+    Returns (engine, partition): what this rank owns of the parameters, which are the model's at the call.
+    """
     import deepspeed
     from deepspeed.runtime.zero.utils import ZERO_SUPPORTED_OPTIMIZERS
 
-    if Muon not in ZERO_SUPPORTED_OPTIMIZERS:  # it keeps to what ZeRO asks of AdamW: a flat slice, elementwise state
+    if Muon not in ZERO_SUPPORTED_OPTIMIZERS:  # it keeps to what ZeRO asks of AdamW: flat tensors, elementwise state
         ZERO_SUPPORTED_OPTIMIZERS.append(Muon)
     optimizer = Muon(_parameter_groups(model, optim), lr=optim.lr, betas=tuple(optim.betas), eps=optim.eps, fused=True)
     engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=deepspeed_json)
-    return engine
+    partition = Partition(engine)
+    optimizer.exchanges = {flat: Exchange(_matrices(partition, number)) for number, flat in enumerate(partition.flat)
+                           if "momentum" in optimizer.param_groups[partition.groups[number]]}
+    optimizer.device = engine.device
+    return engine, partition
+
+
+def _matrices(partition: Partition, number: int) -> list[Matrix]:
+    spans = {name: [] for name in partition.names[number]}
+    for rank, pieces in enumerate(partition.pieces):
+        for piece in pieces:
+            if piece.partition == number:
+                spans[piece.name].append(Span(rank, piece.start, piece.stop, piece.offset))
+    return [Matrix(partition.shapes[name], its_spans) for name, its_spans in spans.items()]
 
 
 def _parameter_groups(model: nn.Module, optim: OptimConfig) -> list[dict]:
@@ -98,7 +117,7 @@ def _parameter_groups(model: nn.Module, optim: OptimConfig) -> list[dict]:
         is_matrix = parameter.ndim >= 2 and not name.endswith("position")
         in_block = is_matrix and parameter.ndim == 2 and "block" in name and optim.name == "muon"
         (muon if in_block else decayed if is_matrix else plain).append(parameter)
-    groups = [{"params": muon, "weight_decay": optim.weight_decay, "momentum": optim.momentum, "matrix_shapes": [p.shape for p in muon]},
+    groups = [{"params": muon, "weight_decay": optim.weight_decay, "momentum": optim.momentum},
               {"params": decayed, "weight_decay": optim.weight_decay}, {"params": plain, "weight_decay": 0.0}]
     return [group for group in groups if group["params"]]
 
@@ -116,54 +135,4 @@ def learning_rate(optim: OptimConfig, images_seen: int, total_images: int) -> fl
 def set_learning_rate(engine, optim: OptimConfig, lr: float) -> None:
     """lr: AdamW's; Muon's follows the same curve to its own peak."""
     for group in engine.optimizer.param_groups:
-        group["lr"] = lr * optim.muon_lr / optim.lr if "matrix_shapes" in group else lr
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Optimizer state. ZeRO-1 and -2 flatten each parameter group into one vector, padded so that the ranks split it evenly;
-# rank r's slice is `single_partition_of_fp32_groups[g]` and the optimizer keeps its moments for that slice alone. We store the
-# slices as they are. Laid end to end without the padding they are the whole vector, so any number of ranks can load them.
-
-
-def save_optimizer(engine, folder: Path) -> Path:
-    """Write this rank's optimizer state to `folder`; returns the file."""
-    tensors = {}
-    for group, state in enumerate(_partition_states(engine)):
-        for name, value in state.items():
-            tensors[f"{group}.{name}"] = torch.as_tensor(value).detach().cpu().contiguous()
-    path = folder / f"optimizer-{dist.get_rank():05d}-of-{dist.get_world_size():05d}.safetensors"
-    save_file(tensors, path)
-    return path
-
-
-def load_optimizer(engine, folder: Path) -> None:
-    """Load what `save_optimizer` of all ranks wrote, on any number of ranks. Raises ValueError if it does not fit."""
-    files = sorted(folder.glob("optimizer-*-of-*.safetensors"))
-    if not files:
-        raise ValueError(f"{folder} holds no optimizer-*.safetensors")
-    parts = [safe_open(file, "pt") for file in files]
-    zero, rank = engine.optimizer, dist.get_rank()
-    num_groups, num_saved = len(zero.bit16_groups), len({key.split(".")[0] for key in parts[0].keys()})
-    if num_groups != num_saved:
-        raise ValueError(f"{folder}: optimizer state for {num_saved} parameter groups, this run has {num_groups}: "
-                         "optim.name must be that of the run which wrote it")
-    for group, (partition, parameters) in enumerate(zip(zero.single_partition_of_fp32_groups, zero.bit16_groups)):
-        size, total = partition.numel(), sum(p.numel() for p in parameters)
-        names = [key.split(".", 1)[1] for key in parts[0].keys() if key.startswith(f"{group}.")]
-        state = {}
-        for name in names:
-            pieces = [part.get_tensor(f"{group}.{name}") for part in parts]
-            if pieces[0].ndim == 0:
-                state[name] = pieces[0]
-                continue
-            whole = torch.cat(pieces)
-            if whole.numel() < total:
-                raise ValueError(f"{folder}: optimizer state for {whole.numel()} values, the model has {total}")
-            whole = torch.nn.functional.pad(whole[:total], (0, size * dist.get_world_size() - total))
-            state[name] = whole[rank * size:(rank + 1) * size].to(partition.device, copy=True)
-        zero.optimizer.state[partition] = state
-
-
-def _partition_states(engine) -> list[dict]:
-    zero = engine.optimizer
-    return [zero.optimizer.state[partition] for partition in zero.single_partition_of_fp32_groups]
+        group["lr"] = lr * optim.muon_lr / optim.lr if "momentum" in group else lr

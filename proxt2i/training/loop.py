@@ -11,19 +11,20 @@ from pathlib import Path
 import torch
 
 from proxt2i.config import Config, to_yaml
-from proxt2i.models.bundle import Bundle, load_weights, save_bundle
+from proxt2i.models.bundle import Bundle, load_uvit
 from proxt2i.models.uvit import UViT2DModel, build_uvit
 from proxt2i.training import distributed, engine as engines
 from proxt2i.training.checkpoint import Checkpoint, CheckpointStore, replace_text
 from proxt2i.training.distributed import Ranks, StopFlag
 from proxt2i.training.ema import EMA
+from proxt2i.training.export import export, network_of
 from proxt2i.training.feed import Feed
 from proxt2i.training.meter import Meter
 from proxt2i.training.objective import Objective
 from proxt2i.training.preview import draw_grid, settings_of
+from proxt2i.training.spikes import SpikeGuard
+from proxt2i.training.state import SavedState, write_rank
 from proxt2i.training.tracking import Tracker
-
-WEIGHTS = "diffusion_pytorch_model.safetensors"
 
 
 def train(config: Config, deepspeed_json: dict, resume: str | None = None) -> int:
@@ -47,29 +48,35 @@ class Trainer:
         self.store = CheckpointStore(self.run_dir, ranks, config.train.keep_checkpoints)
         checkpoint = self._choose_checkpoint(resume)
         self.images_seen = checkpoint.images_seen if checkpoint else 0
+        self.saved = checkpoint.folder if checkpoint else None  # holds the state after `saved_at` images
         self.saved_at = self.images_seen
         self.batch_size = config.train.batch_size
         per_rank = self.batch_size // ranks.world_size
         self.micro_batch = config.train.micro_batch or per_rank
-        self.bad_steps = self.bad_steps_in_a_row = 0
+        self.guard = SpikeGuard(config.optim.spike, **(checkpoint.state["guard"] if checkpoint else {}))
 
         on_gpu = ranks.device.type == "cuda"
         self.bf16 = config.train.precision == "bf16" or (config.train.precision == "auto" and on_gpu)
         self.feed = Feed(config, ranks, per_rank, torch.bfloat16 if self.bf16 else torch.float32)
         self.objective = Objective(config.diffusion, config.train.seed)
         self.uvit = self._build_uvit()
+        saved = SavedState(checkpoint.folder) if checkpoint else None
         if checkpoint:
-            load_weights(self.uvit, checkpoint.folder / "uvit" / WEIGHTS)
-            check_same_network(self.uvit, checkpoint.folder / "uvit")
-        self.ema = EMA(self.uvit, config.optim.ema_half_life, config.optim.ema_ramp)
-        if checkpoint:
-            load_weights(self.ema.model, checkpoint.folder / "uvit_ema" / WEIGHTS)
+            saved.load_weights(self.uvit)
+            check_same_network(self.uvit, checkpoint.state["network"], str(checkpoint.folder))
+        elif config.model.init_from:
+            warm_start(self.uvit, Path(config.model.init_from))
 
         num_params = sum(p.numel() for p in self.uvit.parameters())
         filled = engines.fill_deepspeed_json(deepspeed_json, config.train, config.optim, ranks.world_size, num_params, on_gpu)
-        self.engine = engines.initialize(engines.Autocast(self.uvit, self.bf16), filled, config.optim)
+        if config.train.compile:
+            self.uvit.compile_blocks()
+        self.engine, self.partition = engines.initialize(engines.Autocast(self.uvit, self.bf16), filled, config.optim)
+        self.optimizer = self.engine.optimizer.optimizer
+        self.optimizer.skip = lambda: self.guard.refuses(self._grad_norm())
+        self.ema = EMA(self.partition.flat, config.optim.ema_half_life, config.optim.ema_ramp)
         if checkpoint:
-            engines.load_optimizer(self.engine, checkpoint.folder)
+            saved.load_training(self.partition, self.ema, self.optimizer)
         self._say(f"{num_params / 1e6:.2f} M parameters, {ranks.world_size} rank(s) on {ranks.device.type}, "
                   f"{torch.get_num_threads()} CPU thread(s) each, {'bf16 autocast' if self.bf16 else 'fp32'}")
         if ranks.is_first:
@@ -128,22 +135,21 @@ class Trainer:
             self.meter.add_losses(losses.detach(), example.bucket)
         self.images_seen += self.batch_size
         self.meter.images += self.batch_size
-        if self.engine.optimizer.overflow:  # DeepSpeed has skipped the step, on every rank alike
-            self._count_bad_step()
+        norm = self._grad_norm()  # infinite when DeepSpeed has skipped the step; the same on every rank
+        bad = self.guard.judge(norm)
+        if bad:
+            self._say(f"{bad} at {self.images_seen:,} images: step skipped ({self.guard.skipped} so far)")
+            if self.guard.in_a_row >= self.config.train.max_bad_steps:
+                raise ValueError(f"{self.guard.in_a_row} steps in a row had to be skipped, the last for a {bad}: lower optim.lr, or "
+                                 f"continue from an older checkpoint in {self.store.folder} with --resume PATH")
         else:
-            self.bad_steps_in_a_row = 0
-            self.meter.grad_norms.append(float(self.engine.get_global_grad_norm()))
+            self.meter.grad_norms.append(norm)
             self.ema.update(self.images_seen, self.batch_size)
         if self.ranks.is_first:
             self.tracker.advance(self.batch_size)
 
-    def _count_bad_step(self) -> None:
-        self.bad_steps += 1
-        self.bad_steps_in_a_row += 1
-        self._say(f"non-finite gradient at {self.images_seen:,} images: step skipped ({self.bad_steps} so far)")
-        if self.bad_steps_in_a_row >= self.config.train.max_bad_steps:
-            raise ValueError(f"{self.bad_steps_in_a_row} steps in a row had a non-finite gradient: lower optim.lr, or "
-                             f"continue from an older checkpoint in {self.store.folder} with --resume PATH")
+    def _grad_norm(self) -> float:
+        return float(self.engine.optimizer._global_grad_norm)
 
     def _learning_rate(self) -> float:
         return engines.learning_rate(self.config.optim, self.images_seen, self.config.train.images)
@@ -165,37 +171,30 @@ class Trainer:
     def _log(self) -> None:
         row = self.meter.summary()
         if self.ranks.is_first:
-            self.tracker.log({"images": self.images_seen, "lr": self._learning_rate(), "bad_steps": self.bad_steps,
+            self.tracker.log({"images": self.images_seen, "lr": self._learning_rate(), "bad_steps": self.guard.skipped,
                               "bad_samples": self.feed.bad_samples, **row})
 
     def _sample(self) -> None:
+        """Draw the sample grid with the averaged weights, on rank 0. Collective."""
+        averages = self.partition.gather(self.ema.averages)
         if self.ranks.is_first:
+            uvit = network_of(self.uvit.config, averages).to(self.ranks.device)
+            bundle = Bundle(uvit, self.feed.text, self.feed.codec, settings_of(self.config), self.feed.components)
             with torch.autocast(self.ranks.device.type, torch.bfloat16, enabled=self.bf16):
-                grid = draw_grid(self._bundle(), self.config.sample)
-            self.tracker.grid(self.images_seen, grid)
+                self.tracker.grid(self.images_seen, draw_grid(bundle, self.config.sample))
 
     def save(self) -> None:
         """Write a checkpoint. Collective."""
-        state = {"images_seen": self.images_seen, "world_size": self.ranks.world_size, "bad_steps": self.bad_steps,
-                 "config": asdict(self.config)}
-
-        def write_weights(folder: Path) -> None:
-            self.uvit.save_pretrained(folder / "uvit", max_shard_size="1TB")
-            self.ema.model.save_pretrained(folder / "uvit_ema", max_shard_size="1TB")
-
-        self.store.save(state, write_weights, lambda folder: engines.save_optimizer(self.engine, folder))
+        state = {"images_seen": self.images_seen, "world_size": self.ranks.world_size, "guard": self.guard.state(),
+                 "config": asdict(self.config), "network": dict(self.uvit.config)}
+        self.saved = self.store.save(state, lambda folder: write_rank(folder, self.partition, self.ema, self.optimizer))
         self.saved_at = self.images_seen
 
     def _finish(self) -> None:
-        """Export the averaged weights with the frozen components as a model folder."""
-        if not self.ranks.is_first:
-            return
-        save_bundle(self.run_dir / "model", self._bundle())
-        self._say(f"finished {self.images_seen:,} images; model: {self.run_dir / 'model'}")
-
-    def _bundle(self) -> Bundle:
-        """The averaged weights with the frozen components."""
-        return Bundle(self.ema.model, self.feed.text, self.feed.codec, settings_of(self.config), self.feed.components)
+        """Export the averaged weights, just saved, with the frozen components as a model folder."""
+        if self.ranks.is_first:
+            export(self.saved, self.run_dir / "model")
+            self._say(f"finished {self.images_seen:,} images; model: {self.run_dir / 'model'}")
 
     # -- set-up -------------------------------------------------------------------------------------------------------
 
@@ -219,7 +218,7 @@ class Trainer:
         torch.manual_seed(self.config.train.seed)
         codec, text = self.feed.codec, self.feed.text
         settings = {key: value for key, value in asdict(self.config.model).items()
-                    if value is not None and key not in ("preset", "components")}
+                    if value is not None and key not in ("preset", "components", "init_from")}
         diffusion = self.config.diffusion
         if diffusion.precondition:
             settings["betas"] = [diffusion.beta_min, diffusion.beta_max]
@@ -232,15 +231,23 @@ class Trainer:
             print(message, flush=True)
 
 
-def check_same_network(uvit: UViT2DModel, folder: Path) -> None:
-    """ValueError if the weights in `folder` are another network's: some would load (another number of heads, another
+def check_same_network(uvit: UViT2DModel, saved: dict, source: str) -> None:
+    """ValueError if `saved` describes another network: some weights would load (another number of heads, another
     preconditioning), and mean something else."""
-    saved = UViT2DModel.load_config(folder)
     for key, value in uvit.config.items():
         if not key.startswith("_") and key != "gradient_checkpointing" and saved.get(key) != value:
             name = "preconditioning for (beta_min, beta_max)" if key == "betas" else key
-            raise ValueError(f"{folder} was trained with {name} = {saved.get(key)}, this run asks for {value}: keep the model and "
+            raise ValueError(f"{source} was trained with {name} = {saved.get(key)}, this run asks for {value}: keep the model and "
                              "diffusion settings as they were")
+
+
+def warm_start(uvit: UViT2DModel, folder: Path) -> None:
+    """Fill `uvit` with the weights of a model folder; positions are interpolated when it was made for another image size."""
+    source = load_uvit(folder / "uvit" if (folder / "uvit").is_dir() else folder, next(uvit.parameters()).device)
+    if source.config.sample_size != uvit.config.sample_size:
+        source.resize_(uvit.config.sample_size)
+    check_same_network(uvit, dict(source.config), f"model.init_from: {folder}")
+    uvit.load_state_dict(source.state_dict())
 
 
 def changed_settings(old: dict, new: dict) -> list[str]:

@@ -1,14 +1,17 @@
-"""Muon (Jordan et al., 2024) for the matrices of the blocks, AdamW for the rest, under ZeRO-1 and ZeRO-2.
+"""Muon (Jordan et al., 2024) for the matrices of the blocks, AdamW for the rest, under every stage of ZeRO.
 
-Muon's update is the momentum with all its singular values moved to about 1. ZeRO hands an optimizer one flat slice per
-parameter group and rank, so whole matrices are gathered first; each rank then orthogonalises only those that its own
-slice touches. The state is one momentum per value, in the slice's layout, as AdamW's moments are.
+Muon's update is the momentum with all its singular values moved to about 1. ZeRO hands an optimizer flat tensors that hold
+only pieces of matrices, so every matrix has an owner among the ranks: the others send it their pieces, it orthogonalises the
+whole, and sends the pieces of the result back. A rank never holds more matrices than its share. The state is one momentum
+per value, in the flat layout, as AdamW's moments are.
 """
 
 from __future__ import annotations
 
 import math
 from collections import defaultdict
+from dataclasses import dataclass
+from itertools import chain
 
 import torch
 import torch.distributed as dist
@@ -18,62 +21,132 @@ NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)  # Jordan's quintic: singular values i
 ROUNDS = 5
 
 
-class Muon(torch.optim.AdamW):
-    """Groups with `matrix_shapes` (the shapes of their parameters, in order) are Muon's; all others are AdamW's.
+@dataclass(frozen=True)
+class Span:
+    """Values `start` ... `stop` of a flattened matrix, which begin at `offset` in the flat tensor of `rank`."""
 
-    A Muon group has the settings lr, momentum and weight_decay, and, once ZeRO has flattened it, one parameter: this
-    rank's slice [n], float32, of all matrices laid end to end, zero-padded to n times the number of ranks.
+    rank: int
+    start: int
+    stop: int
+    offset: int
+
+
+@dataclass(frozen=True)
+class Matrix:
+    shape: torch.Size
+    spans: list[Span]  # in the order of their values, together all of them
+
+
+class Muon(torch.optim.AdamW):
+    """Groups with a `momentum` are Muon's; all others are AdamW's.
+
+    A Muon group has the settings lr, momentum and weight_decay, and flat float32 tensors as parameters.
+    exchanges: for each of these tensors, the matrices that lie in it. device: where they are orthogonalised (None: where they are).
+    skip: asked before every step; while it is true, a step leaves weights and state as they are.
     """
+
+    exchanges: dict[Tensor, Exchange]
+    device: torch.device | None = None
+    skip = staticmethod(lambda: False)
 
     @torch.no_grad()
     def step(self, closure=None):
+        if self.skip():
+            return
         groups = self.param_groups
         for group in groups:
-            if "matrix_shapes" in group:
-                self._muon_step(group)
-        self.param_groups = [group for group in groups if "matrix_shapes" not in group]
+            for weights in group["params"] if "momentum" in group else ():
+                self._muon_step(weights, group)
+        self.param_groups = [group for group in groups if "momentum" not in group]
         if self.param_groups:
             super().step()
         self.param_groups = groups
 
-    def _muon_step(self, group: dict) -> None:
-        (weights,) = group["params"]
+    def _muon_step(self, weights: Tensor, group: dict) -> None:
         state = self.state[weights]
         if not state:
             state["momentum_buffer"] = torch.zeros_like(weights)
         momentum, beta = state["momentum_buffer"], group["momentum"]
         momentum.lerp_(weights.grad, 1 - beta)
-        update = orthogonalize_slice(weights.grad.lerp(momentum, beta), group["matrix_shapes"])  # Nesterov's look-ahead
+        ahead = weights.grad.lerp(momentum, beta)  # Nesterov's look-ahead
+        update = self.exchanges[weights].orthogonalize(ahead.to(self.device or ahead.device)).to(weights.device)
         weights.mul_(1 - group["lr"] * group["weight_decay"]).add_(update, alpha=-group["lr"])
 
 
-def orthogonalize_slice(slice_: Tensor, shapes: list[torch.Size]) -> Tensor:
-    """This rank's slice [n] of the orthogonalised matrices, given its slice of the matrices. Collective.
+class Exchange:
+    """Orthogonalises matrices that lie in pieces on several ranks. Made from the same list on every rank."""
 
-    Each matrix [m, n] is scaled by sqrt(max(1, m / n)) besides, so that one learning rate suits all shapes.
-    """
-    first = dist.get_rank() * len(slice_) if dist.is_initialized() else 0
-    whole = _gather(slice_)
-    result, wanted, offset = torch.zeros_like(slice_), defaultdict(list), 0
-    for shape in shapes:
-        if offset < first + len(slice_) and offset + shape.numel() > first:
-            wanted[shape].append(offset)
-        offset += shape.numel()
-    for shape, offsets in wanted.items():  # equal shapes together: one batched product for all
-        matrices = torch.stack([whole[offset:offset + shape.numel()].view(shape) for offset in offsets])
-        updates = orthogonalize(matrices).flatten(1) * math.sqrt(max(1.0, shape[0] / shape[1]))
-        for offset, update in zip(offsets, updates):
-            start, stop = max(offset, first), min(offset + len(update), first + len(slice_))
-            result[start - first:stop - first] = update[start - offset:stop - offset]
-    return result
+    def __init__(self, matrices: list[Matrix]):
+        rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+        owners = assign(matrices, world)
+        self.shapes = {i: m.shape for i, (m, owner) in enumerate(zip(matrices, owners)) if owner == rank}
+        # What travels between two ranks, in an order that both know: by matrix, then by place in it.
+        sent = [[span for m, owner in zip(matrices, owners) if owner == other for span in m.spans if span.rank == rank]
+                for other in range(world)]
+        arriving = [[(i, span) for i in self.shapes for span in matrices[i].spans if span.rank == other] for other in range(world)]
+        self.send_sizes = [sum(s.stop - s.start for s in spans) for spans in sent]
+        self.receive_sizes = [sum(s.stop - s.start for _, s in spans) for spans in arriving]
+        self.sent, self.arriving = list(chain.from_iterable(sent)), list(chain.from_iterable(arriving))
+
+    def orthogonalize(self, flat: Tensor) -> Tensor:
+        """flat [n]: this rank's pieces of the matrices. Returns [n], the same pieces of the orthogonalised ones. Collective.
+
+        Each matrix [m, n] is scaled by sqrt(max(1, m / n)) besides, so that one learning rate suits all shapes.
+        """
+        outgoing = torch.cat([flat[:0], *(flat[s.offset:s.offset + s.stop - s.start] for s in self.sent)])
+        incoming = _exchange(outgoing, self.send_sizes, self.receive_sizes)
+        whole = {i: flat.new_empty(shape.numel()) for i, shape in self.shapes.items()}
+        for (i, s), values in zip(self.arriving, incoming.split([s.stop - s.start for _, s in self.arriving])):
+            whole[i][s.start:s.stop] = values
+        self._orthogonalize(whole)
+        updates = torch.cat([flat[:0], *(whole[i][s.start:s.stop] for i, s in self.arriving)])
+        returned = _exchange(updates, self.receive_sizes, self.send_sizes)
+        result = torch.zeros_like(flat)
+        for s, values in zip(self.sent, returned.split([s.stop - s.start for s in self.sent])):
+            result[s.offset:s.offset + s.stop - s.start] = values
+        return result
+
+    def _orthogonalize(self, whole: dict[int, Tensor]) -> None:
+        """In place. Equal shapes together: one batched product for all."""
+        alike = defaultdict(list)
+        for i, shape in self.shapes.items():
+            alike[shape].append(i)
+        for shape, members in alike.items():
+            batch = orthogonalize(torch.stack([whole[i].view(shape) for i in members])) * math.sqrt(max(1.0, shape[0] / shape[1]))
+            for i, update in zip(members, batch):
+                whole[i] = update.flatten()
 
 
-def _gather(slice_: Tensor) -> Tensor:
-    if not dist.is_initialized() or dist.get_world_size() == 1:
-        return slice_
-    whole = slice_.new_empty(dist.get_world_size() * len(slice_))
-    dist.all_gather_into_tensor(whole, slice_.contiguous())
-    return whole
+def assign(matrices: list[Matrix], world: int) -> list[int]:
+    """The owner of each matrix: whoever holds the most of it, unless that rank already has more than its share."""
+    share = sum(_cost(m.shape) for m in matrices) / world
+    loads, owners = [0.0] * world, []
+    for m in matrices:
+        held = defaultdict(int)
+        for span in m.spans:
+            held[span.rank] += span.stop - span.start
+        cost = _cost(m.shape)
+        best = max(held, key=lambda rank: (held[rank], -loads[rank], -rank))
+        if loads[best] + cost > share:
+            best = min(range(world), key=lambda rank: (loads[rank], -held[rank], rank))
+        loads[best] += cost
+        owners.append(best)
+    return owners
+
+
+def _cost(shape: torch.Size) -> float:
+    """Arithmetic of one orthogonalisation, up to a factor: products with the Gram matrix, and of it with itself."""
+    small, large = sorted(shape)
+    return 2.0 * small * small * large + 3.0 * ROUNDS * small**3
+
+
+def _exchange(outgoing: Tensor, send_sizes: list[int], receive_sizes: list[int]) -> Tensor:
+    """Each rank's parts for the others, laid end to end -> the others' parts for this one."""
+    if len(send_sizes) == 1:
+        return outgoing
+    incoming = outgoing.new_empty(sum(receive_sizes))
+    dist.all_to_all_single(incoming, outgoing, receive_sizes, send_sizes)
+    return incoming
 
 
 def orthogonalize(x: Tensor, rounds: int = ROUNDS) -> Tensor:
