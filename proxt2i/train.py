@@ -41,8 +41,9 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="settings to change")
     parser.add_argument("--deepspeed", metavar="JSON", default=str(HERE.parent / "configs" / "zero2.json"),
-                        help="DeepSpeed settings, ZeRO stage 1 or 2 (default: configs/zero2.json)")
-    parser.add_argument("--config", metavar="YAML", help="settings that differ from the defaults (the portraits run)")
+                        help="DeepSpeed settings: ZeRO stage 1, 2 or 3, offload to CPU (default: configs/zero2.json)")
+    parser.add_argument("--config", metavar="YAML", action="append", default=[],
+                        help="settings that differ from the defaults (the portraits run); may be given again, later files win")
     parser.add_argument("--resume", nargs="?", const="auto", metavar="PATH",
                         help="continue from a checkpoint folder; without PATH from the newest intact one of the run")
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # the deepspeed launcher passes it

@@ -479,7 +479,7 @@ def test_arguments_may_come_in_any_order():
     from proxt2i.train import parse_arguments
 
     given = parse_arguments(["--local_rank=1", "optim.lr=1", "--resume", "train.seed=2", "--config", "c.yaml", "data.flip=true"])
-    assert given.resume == "auto" and given.config == "c.yaml"
+    assert given.resume == "auto" and given.config == ["c.yaml"]
     assert sorted(given.overrides) == ["data.flip=true", "optim.lr=1", "train.seed=2"]
     assert parse_arguments(["--resume", "runs/x/checkpoints/step-1"]).resume == "runs/x/checkpoints/step-1"
     assert parse_arguments([]).resume is None

@@ -1,6 +1,8 @@
 """Every stage of ZeRO trains the same network, resumes to the same bits, and hands its checkpoints to any other."""
 
 import json
+import resource
+from functools import partialmethod
 
 import pytest
 import torch
@@ -9,6 +11,7 @@ from tiny_run import ROOT, assert_same_checkpoint, overrides, run_on_two_ranks, 
 from proxt2i.config import load_config
 from proxt2i.export import main as export_main
 from proxt2i.models.bundle import load_bundle
+from proxt2i.models.uvit import UViT2DModel
 from proxt2i.training import distributed, engine as engines
 from proxt2i.training.loop import Trainer
 
@@ -99,3 +102,74 @@ def test_export_of_raw_weights_in_bf16(settings, ranks, tmp_path, length):
     raw = load_file(tmp_path / "raw" / "uvit" / "diffusion_pytorch_model.safetensors")
     for name, values in weights(tmp_path / "run", 96).items():
         assert torch.equal(raw[name].flatten(), values.bfloat16())
+
+
+# -- stages, spikes, a full disk ------------------------------------------------------------------------------------------
+
+
+def test_a_second_stage_starts_from_the_first_at_twice_the_size(settings, ranks, tmp_path, length):
+    """Its positions are the first stage's, interpolated; everything else is taken over as it is, into the average as well."""
+    train(overrides(settings, **length, train__images=96), "zero2", tmp_path / "first", ranks=ranks)
+    larger = overrides(settings, **length, train__images=96, data__image_size=64, model__init_from=tmp_path / "first" / "model")
+    config = load_config((), [*larger, f"train.run_dir={tmp_path / 'second'}"])
+    trainer = Trainer(config, deepspeed_json("zero2"), None, ranks)
+    first = load_bundle(tmp_path / "first" / "model").uvit.resize_(8)
+    averages = trainer.partition.gather(trainer.ema.averages)
+    for name, values in first.named_parameters():
+        assert torch.equal(dict(trainer.uvit.named_parameters())[name], values) and torch.equal(averages[name], values)
+    assert trainer.uvit.position.shape[1] == 2 + 4 + 16  # t, lambda, text, 4 x 4 patches
+    trainer.run()
+    assert load_bundle(tmp_path / "second" / "model").uvit.config.sample_size == 8
+
+    with pytest.raises(ValueError, match="model.init_from: .*first.model was trained with depth = 3, this run asks for 5"):
+        Trainer(load_config((), [*larger, "model.depth=5", f"train.run_dir={tmp_path / 'third'}"]), deepspeed_json("zero2"), None, ranks)
+
+
+def test_spikes_are_skipped_counted_and_remembered(settings, ranks, tmp_path, length, capsys):
+    config = load_config((), overrides(settings, **length | dict(train__images=1808, train__run_dir=tmp_path / "run", train__checkpoint_every=1760)))
+    trainer = Trainer(config, deepspeed_json("zero2"), None, ranks)
+    loss, step, before = trainer.objective.loss, trainer.step, {}
+    trainer.objective.loss = lambda eps, example, seen: loss(eps, example, seen) * (1e4 if seen in (800, 1728) else 1)
+
+    def watched():
+        before.update(seen=trainer.images_seen, weights=[flat.detach().clone() for flat in trainer.partition.flat])
+        step()
+        changed = not all(torch.equal(old, new) for old, new in zip(before["weights"], trainer.partition.flat))
+        assert changed == (before["seen"] != 1728)  # 800 images are 50 steps: too early to know what is usual
+
+    trainer.step = watched
+    trainer.run()
+    assert trainer.guard.skipped == 1 and trainer.guard.in_a_row == 0
+    assert "times the mean of the last 100 steps at 1,744 images: step skipped (1 so far)" in capsys.readouterr().out
+    again = Trainer(config, deepspeed_json("zero2"), str(tmp_path / "run"), ranks)
+    assert again.guard == trainer.guard
+
+
+def test_a_full_disk_ends_the_run_and_keeps_the_last_good_checkpoint(settings, ranks, tmp_path, length):
+    config = load_config((), overrides(settings, **length | dict(train__run_dir=tmp_path / "run", sample__every=0)))
+    trainer = Trainer(config, deepspeed_json("zero2"), None, ranks)
+    save, soft_hard = trainer.save, resource.getrlimit(resource.RLIMIT_FSIZE)
+
+    def save_on_a_small_disk():
+        if trainer.images_seen == 192:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, soft_hard[1]))
+        save()
+
+    trainer.save = save_on_a_small_disk
+    try:
+        with pytest.raises(ValueError, match="cannot save .*step-000000192: .*File too large.*last good checkpoint is .*step-000000096"):
+            trainer.run()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, soft_hard)
+    assert sorted(path.name for path in (tmp_path / "run" / "checkpoints").iterdir()) == ["latest", "step-000000096"]
+    train(overrides(settings, **length), "zero2", tmp_path / "run", tmp_path / "run", ranks)
+    assert (tmp_path / "run" / "model").is_dir()
+
+
+def test_compiled_blocks_are_whole_graphs_and_train_alike(settings, ranks, tmp_path, length, monkeypatch):
+    monkeypatch.setattr(UViT2DModel, "compile_blocks", partialmethod(UViT2DModel.compile_blocks, backend="aot_eager"))
+    for name, compiled in (("eager", "false"), ("compiled", "true")):
+        train(overrides(settings, **length | dict(train__compile=compiled, model__gradient_checkpointing="false")), "zero2", tmp_path / name, ranks=ranks)
+    assert_close(tmp_path / "eager", tmp_path / "compiled")
+    with pytest.raises(ValueError, match="train.compile needs ZeRO stage 1 or 2"):
+        train(overrides(settings, **length, train__compile="true"), "zero3", tmp_path / "third", ranks=ranks)

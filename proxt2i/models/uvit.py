@@ -227,10 +227,10 @@ class UViT2DModel(ModelMixin, ConfigMixin):
             x = self._call(block, x, skips.pop(), num_image_tokens if last else None)
         return x
 
-    def compile_blocks(self) -> None:
-        """torch.compile every block by itself: equal blocks share their code. Shapes may change between calls."""
+    def compile_blocks(self, backend: str = "inductor") -> None:
+        """torch.compile every block by itself: equal blocks share their code."""
         for block in [*self.in_blocks, self.mid_block, *self.out_blocks]:
-            block.compile()
+            block.compile(fullgraph=True, backend=backend)
 
     def _call(self, block: Block, *args) -> Tensor:
         if self.gradient_checkpointing and torch.is_grad_enabled():
