@@ -31,9 +31,25 @@ def test_portraits_file_is_the_default():
     assert load_config(CONFIGS / "portraits.yaml") == Config()
 
 
-@pytest.mark.parametrize("file", sorted(CONFIGS.glob("*.yaml")), ids=lambda path: path.stem)
-def test_every_shipped_config_is_valid(file, tmp_path):
-    load_config(file, [f"data.shards={tmp_path}"], world_size=2)
+BELOW = {"uvit_h_512": ["uvit_h_256"], "uvit_h_256_score": ["uvit_h_256"], "uvit_h_512_score": ["uvit_h_256", "uvit_h_512"]}  # the stages under it
+
+
+@pytest.mark.parametrize("name", sorted(path.stem for path in CONFIGS.glob("*.yaml")))
+def test_every_shipped_config_is_valid(name, tmp_path):
+    files = [CONFIGS / f"{stage}.yaml" for stage in [*BELOW.get(name, []), name]]
+    overrides = [f"model.init_from={tmp_path}"] if "512" in name else []
+    config = load_config(files, [f"data.shards={tmp_path}", *overrides], world_size=2)
+    assert config.train.run_dir.endswith(name) and (config.diffusion.objective == "score") == name.endswith("score")
+    assert config.data.image_size == {"2": 256, "5": 512}.get(name.removeprefix("uvit_h_")[0], 64)
+
+
+def test_score_twins_differ_in_the_objective_alone(tmp_path):
+    """Else a comparison of the two would compare something else."""
+    stages = [CONFIGS / "uvit_h_256.yaml", CONFIGS / "uvit_h_512.yaml"]
+    overrides = [f"data.shards={tmp_path}", f"model.init_from={tmp_path}", "train.run_dir=same"]
+    prox, score = (load_config(files, [*overrides, *more]) for files, more in (
+        (stages, ["diffusion.objective=score"]), ([*stages, CONFIGS / "uvit_h_512_score.yaml"], [])))
+    assert prox == score
 
 
 def test_every_field_is_explained():
@@ -66,6 +82,7 @@ def test_every_field_is_explained():
     ("sample.prompts=[]", ["sample.prompts"]),
     ("train.micro_batch=48", ["train.micro_batch (48)", "64"]),
     ("optim.betas=[0.9]", ["optim.betas"]),
+    ("model.init_from=/no/such/folder", ["model.init_from", "/no/such/folder", "proxt2i.export"]),
     ("data.shards=/no/such/folder", ["data.shards", "/no/such/folder", "does not exist"]),
     ("model.components=/no/such/folder", ["model.components", "/no/such/folder"]),
     ("data.flip=true", ["data.flip", "data.cache_latents"]),
