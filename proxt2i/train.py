@@ -59,7 +59,9 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         config = load_config(given.config, given.overrides, world_size)
         from proxt2i.training.engine import read_deepspeed_json
+        from proxt2i.training.tracking import check_trackers
 
+        check_trackers(config.train)
         deepspeed_json = read_deepspeed_json(given.deepspeed)
         if rank == 0:
             print(to_yaml(config), flush=True)

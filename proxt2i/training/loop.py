@@ -76,13 +76,13 @@ class Trainer:
             self.run_dir.mkdir(parents=True, exist_ok=True)
             replace_text(self.run_dir / "config.yaml", to_yaml(config))
             replace_text(self.run_dir / "deepspeed.json", json.dumps(filled, indent=2))
-            self.tracker = Tracker(self.run_dir, config.train.images, self.images_seen, config.train.tensorboard)
+            self.tracker = Tracker(self.run_dir, config, self.images_seen)
 
     # -- the run ------------------------------------------------------------------------------------------------------
 
     def run(self) -> int:
         self.feed.open(self.images_seen, self._say)
-        self.meter = Meter(self.objective, self.ranks)
+        self.meter = Meter(self.objective.pairs.bucket_names, self.uvit.config, self.ranks, self.config.train.peak_tflops)
         with StopFlag(self.ranks) as stop:
             received = self._loop(stop)
             if self.saved_at != self.images_seen:
@@ -127,7 +127,7 @@ class Trainer:
             self.engine.step()
             self.meter.add_losses(losses.detach(), example.bucket)
         self.images_seen += self.batch_size
-        self.meter.images += self.batch_size
+        self.meter.add_images(batch.latents)
         if self.engine.optimizer.overflow:  # DeepSpeed has skipped the step, on every rank alike
             self._count_bad_step()
         else:
