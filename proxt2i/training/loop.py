@@ -12,7 +12,7 @@ import torch
 
 from proxt2i.config import Config, to_yaml
 from proxt2i.models.bundle import Bundle, load_weights, save_bundle
-from proxt2i.models.uvit import UViT2DModel, build_uvit
+from proxt2i.models.uvit import PRESETS, UViT2DModel, build_uvit
 from proxt2i.training import distributed, engine as engines
 from proxt2i.training.checkpoint import Checkpoint, CheckpointStore, replace_text
 from proxt2i.training.distributed import Ranks, StopFlag
@@ -215,21 +215,27 @@ class Trainer:
         return checkpoint
 
     def _build_uvit(self) -> UViT2DModel:
-        """The network, the same on every rank, sized by the data, the codec and the text encoder."""
+        """The network, the same on every rank."""
         torch.manual_seed(self.config.train.seed)
         codec, text = self.feed.codec, self.feed.text
-        settings = {key: value for key, value in asdict(self.config.model).items()
-                    if value is not None and key not in ("preset", "components")}
-        diffusion = self.config.diffusion
-        if diffusion.precondition:
-            settings["betas"] = [diffusion.beta_min, diffusion.beta_max]
-        uvit = build_uvit(self.config.model.preset, sample_size=self.config.data.image_size // codec.factor,
-                          in_channels=codec.channels, text_dims=text.dims, text_lengths=text.lengths, **settings)
-        return uvit.to(self.ranks.device)
+        return uvit_of(self.config, codec.channels, codec.factor, text.dims, text.lengths).to(self.ranks.device)
 
     def _say(self, message: str) -> None:
         if self.ranks.is_first:
             print(message, flush=True)
+
+
+def uvit_of(config: Config, channels: int, factor: int, text_dims: list[int], text_lengths: list[int]) -> UViT2DModel:
+    """The network of a run, freshly initialised: sized by the config, the codec (its channels, and pixels per latent) and the
+    text encoders. Raises ValueError where they do not fit each other."""
+    settings = {key: value for key, value in asdict(config.model).items() if value is not None and key not in ("preset", "components")}
+    if config.diffusion.precondition:
+        settings["betas"] = [config.diffusion.beta_min, config.diffusion.beta_max]
+    step = factor * (config.model.patch_size or PRESETS.get(config.model.preset, {}).get("patch_size", 1))
+    if config.data.image_size % step:
+        raise ValueError(f"data.image_size ({config.data.image_size}) must be a multiple of {step}: pixels per latent times model.patch_size")
+    return build_uvit(config.model.preset, sample_size=config.data.image_size // factor, in_channels=channels, text_dims=text_dims,
+                      text_lengths=text_lengths, **settings)
 
 
 def check_same_network(uvit: UViT2DModel, folder: Path) -> None:
