@@ -21,6 +21,7 @@ SMALL = (  # key in stats.jsonl, title
     ("data_wait", "share of the time spent waiting for data"), ("memory_gib", "memory of the fullest rank, GiB"),
     ("bad_steps", "steps skipped so far"), ("bad_samples", "samples skipped so far"),
 )  # fmt: skip
+QUIET = ("bad_steps", "bad_samples")  # no curve where there were none
 STYLE = {
     "svg.fonttype": "none", "font.size": 10, "text.color": INK, "axes.edgecolor": INK, "axes.labelcolor": INK, "xtick.color": INK,
     "ytick.color": INK, "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True, "grid.color": "#888888",
@@ -39,7 +40,8 @@ def plots(rows: Sequence[dict[str, float]]) -> list[dict]:
         by_step = {tuple(map(int, match.groups())): value for key, value in last.items() if (match := re.fullmatch(r"loss/N(\d+)/k(\d+)", key))}
         if by_step:
             found.append({"title": "loss at every step of every step count, mean of the last rows", "svg": _steps(by_step), "wide": True})
-        found += [{"title": title, "svg": _small(curves, key), "wide": False} for key, title in SMALL if key in curves]
+        shown = [(key, title) for key, title in SMALL if key in curves and (key not in QUIET or last[key] > 0)]
+        found += [{"title": title, "svg": _small(curves, key), "wide": False} for key, title in shown]
     return found
 
 
@@ -90,7 +92,7 @@ def _small(curves: dict[str, np.ndarray], key: str) -> Markup:
     if key in ("mfu", "data_wait"):
         axes.yaxis.set_major_formatter(PercentFormatter(1.0))
     if key != "grad_norm":
-        axes.set_ylim(bottom=0, top=None if np.nanmax(curves[key]) > 0 else 1)
+        axes.set_ylim(0, 1.05 * np.nanmax(curves[key]) or 1.0)
     return _svg(figure)
 
 

@@ -135,6 +135,6 @@ def _start_wandb(run_dir: Path, config: Config, images_seen: int):
         run = wandb.init(project=config.train.wandb, name=run_dir.resolve().name, id=id_file.read_text().strip(), resume="allow",
                          dir=run_dir, config=asdict(config))
     except wandb.Error as error:
-        raise ValueError(f"train.wandb={config.train.wandb}: {error}; `wandb login`, or WANDB_MODE=offline to report later") from None
+        raise ValueError(f"train.wandb={config.train.wandb}: {error} Or report later: WANDB_MODE=offline") from None
     run.define_metric("*", step_metric="images")
     return run
