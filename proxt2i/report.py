@@ -118,7 +118,7 @@ def _facts(run_dir: Path, config: dict) -> list[tuple[str, str]]:
         batch, micro = deepspeed["train_batch_size"], deepspeed["train_micro_batch_size_per_gpu"]
         accumulation = deepspeed["gradient_accumulation_steps"]
         facts += [("DeepSpeed", f"ZeRO-{deepspeed['zero_optimization']['stage']}"),
-                  ("images a step", f"{batch:,} = {batch // micro // accumulation:,} ranks x {accumulation:,} x {micro:,}")]
+                  ("images a step", f"{batch:,} = {batch // micro // accumulation:,} rank(s) x {accumulation:,} x {micro:,}")]
     diffusers = _json(run_dir / "model" / "uvit" / "config.json").get("_diffusers_version")
     return facts + ([("diffusers", diffusers)] if diffusers else [])
 

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 import matplotlib
 import numpy as np
 from markupsafe import Markup
+from matplotlib.colors import LogNorm, Normalize
 from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter, PercentFormatter
 
@@ -74,10 +75,11 @@ def _steps(by_step: dict[tuple[int, int], float]) -> Markup:
     figure, axes = _axes(max(4.0, 0.75 * most + 1.5), 0.42 * len(counts) + 0.9)
     axes.grid(False)
     low, high = np.nanmin(values), np.nanmax(values)
-    axes.pcolormesh(values, cmap="viridis", vmin=low, vmax=high)
+    norm = (LogNorm if low > 0 else Normalize)(low, high)  # losses span orders of magnitude
+    axes.pcolormesh(values, cmap="viridis", norm=norm)
     for (i, j), value in np.ndenumerate(values):
         if np.isfinite(value):
-            axes.text(j + 0.5, i + 0.5, f"{value:.3f}", ha="center", va="center", fontsize=8, color="black" if value > (low + high) / 2 else "white")
+            axes.text(j + 0.5, i + 0.5, f"{value:.2g}", ha="center", va="center", fontsize=8, color="black" if norm(value) > 0.6 else "white")
     axes.set_yticks(np.arange(len(counts)) + 0.5, [f"N = {n}" for n in counts])
     axes.set_xticks(np.arange(most) + 0.5, [f"k = {k}" for k in range(1, most + 1)])
     axes.invert_yaxis()

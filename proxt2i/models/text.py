@@ -109,9 +109,8 @@ def text_sizes(folder: Path | str) -> tuple[list[int], list[int]]:
     """`dims` and `lengths` of the TextEncoder in a folder, without loading weights. Raises ValueError as loading would."""
     dims, lengths = [], []
     for tokenizer, encoder in _sources(folder):
-        check_component(encoder)
+        _check_type(encoder, check_component(encoder).get("model_type"))
         config = AutoConfig.from_pretrained(encoder)
-        _check_type(encoder, config.model_type)
         config = getattr(config, "text_config", config)  # that of a whole CLIP model
         dims.append(config.hidden_size)
         lengths.append(_default_length(_load_tokenizer(tokenizer), config))
