@@ -58,7 +58,7 @@ def dry_run(config: Config, deepspeed_json: dict, world_size: int, say=print) ->
         f"{train.keep_checkpoints} are kept")
     peak = train.peak_tflops or H100_TFLOPS
     flops = training_flops(uvit.config) * train.images
-    hours = ", ".join(f"{_hours(flops / (mfu * peak * 1e12 * world_size))} at {mfu:.0%}" for mfu in (0.3, 0.4, 0.5))
+    hours = ", ".join(f"{_duration(flops / (mfu * peak * 1e12 * world_size))} at {mfu:.0%}" for mfu in (0.3, 0.4, 0.5))
     say(f"{train.images:,} images are {_flops(flops)}: {hours} MFU of {world_size:,} x {peak:,.0f} TFLOP/s "
         f"({'train.peak_tflops' if train.peak_tflops else 'H100 in bf16; train.peak_tflops changes it'})")
 
@@ -165,5 +165,5 @@ def _flops(count: float) -> str:
     return f"{count / 1000**power:,.3g} {['', 'k', 'M', 'G', 'T', 'P', 'E'][power]}FLOP"
 
 
-def _hours(seconds: float) -> str:
-    return f"{seconds / 3600:,.1f} h" if seconds >= 3600 else f"{seconds / 60:.2g} min"
+def _duration(seconds: float) -> str:
+    return f"{seconds / 3600:,.1f} h" if seconds >= 3600 else f"{seconds / 60:.1f} min" if seconds >= 60 else f"{seconds:.1f} s"

@@ -37,7 +37,8 @@ def plots(rows: Sequence[dict[str, float]]) -> list[dict]:
     curves = thinned(rows)
     with matplotlib.rc_context(STYLE):
         found = [{"title": "loss", "svg": _losses(curves), "wide": True}]
-        last = {key: values[np.isfinite(values)][-max(1, len(values) // 20):].mean() for key, values in curves.items() if np.isfinite(values).any()}
+        known = {key: values[np.isfinite(values)] for key, values in curves.items()}
+        last = {key: values[-max(1, len(values) // 20):].mean() for key, values in known.items() if len(values)}
         by_step = {tuple(map(int, match.groups())): value for key, value in last.items() if (match := re.fullmatch(r"loss/N(\d+)/k(\d+)", key))}
         if by_step:
             found.append({"title": "loss at every step of every step count, mean of the last rows", "svg": _steps(by_step), "wide": True})

@@ -32,8 +32,8 @@ def forward_flops(config: Mapping, height: int | None = None, width: int | None 
     def block(queries: int) -> int:  # queries: tokens that ask; all are keys
         return tokens * 3 * dim * dim + 2 * queries * tokens * dim + queries * (dim * dim + 2 * dim * hidden)
 
-    embeddings = 2 * frequencies * (frequencies + dim) + sum(length * width * dim for length, width in zip(config["text_lengths"], config["text_dims"]))
-    products = embeddings + 2 * half_depth * block(tokens) + block(image) + half_depth * tokens * 2 * dim * dim + 2 * image * patch_dim * dim
+    text = sum(length * text_dim * dim for length, text_dim in zip(config["text_lengths"], config["text_dims"]))
+    products = 2 * frequencies * (frequencies + dim) + text + 2 * half_depth * block(tokens) + block(image) + half_depth * tokens * 2 * dim * dim + 2 * image * patch_dim * dim
     if config["final_conv"]:
         products += image * config["patch_size"] ** 2 * 9 * config["in_channels"] ** 2
     return 2 * products

@@ -63,7 +63,7 @@ class Tracker:
             self._wandb.log({"images": row["images"], **curves})
         brief = f"loss {row['loss']:.4f}  grad {row['grad_norm']:.3f}  lr {row['lr']:.2e}"
         if self._bar.disable:
-            remaining = (self._total - row["images"]) / max(row["images_per_s"], 1e-9)
+            remaining = max(0, self._total - row["images"]) / max(row["images_per_s"], 1e-9)
             mfu = f"  MFU {row['mfu']:.0%}" if "mfu" in row else ""
             print(f"{row['images']:>10,}/{self._total:,} images  {brief}  {row['images_per_s']:.0f} img/s{mfu}  "
                   f"data wait {row['data_wait']:.0%}  {remaining / 60:.1f} min left", flush=True)
