@@ -33,7 +33,8 @@ def forward_flops(config: Mapping, height: int | None = None, width: int | None 
         return tokens * 3 * dim * dim + 2 * queries * tokens * dim + queries * (dim * dim + 2 * dim * hidden)
 
     text = sum(length * text_dim * dim for length, text_dim in zip(config["text_lengths"], config["text_dims"]))
-    products = 2 * frequencies * (frequencies + dim) + text + 2 * half_depth * block(tokens) + block(image) + half_depth * tokens * 2 * dim * dim + 2 * image * patch_dim * dim
+    blocks = 2 * half_depth * block(tokens) + block(image) + half_depth * tokens * 2 * dim * dim  # the last block, the long skips
+    products = 2 * frequencies * (frequencies + dim) + text + blocks + 2 * image * patch_dim * dim
     if config["final_conv"]:
         products += image * config["patch_size"] ** 2 * 9 * config["in_channels"] ** 2
     return 2 * products
