@@ -106,6 +106,8 @@ class TrainConfig:
     checkpoint_every: int = 50_000  # save a checkpoint this often (images)
     keep_checkpoints: int = 2  # newest checkpoints to keep
     tensorboard: bool = True  # write TensorBoard events beside stats.jsonl
+    wandb: Optional[str] = None  # Weights & Biases project to report to besides, under the run folder's name; null: none
+    peak_tflops: Optional[float] = None  # dense bf16 peak of one rank's device (TFLOP/s), for MFU; null: by the GPU's name, if known
 
 
 @dataclass
@@ -276,6 +278,10 @@ def _validate_ranges(config: Config) -> None:
         raise ValueError(f"optim.betas must be two numbers in [0, 1), got {betas}")
     if config.optim.warmup_images >= config.train.images:
         raise ValueError(f"optim.warmup_images ({config.optim.warmup_images}) must be less than train.images ({config.train.images})")
+    if config.train.peak_tflops is not None and not config.train.peak_tflops > 0:
+        raise ValueError(f"train.peak_tflops must be positive, or null, got {config.train.peak_tflops}")
+    if config.train.wandb is not None and not config.train.wandb.strip():
+        raise ValueError("train.wandb must be the name of a project, or null")
     if not config.sample.prompts or not all(prompt.strip() for prompt in config.sample.prompts):
         raise ValueError("sample.prompts must hold at least one prompt and no empty one")
 

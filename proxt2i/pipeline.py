@@ -44,6 +44,21 @@ def pick_device(name: str | None) -> torch.device:
     return device
 
 
+def latent_size(bundle: Bundle, size: tuple[int, int] | None = None) -> tuple[int, int]:
+    """Height and width of the latents of pictures of `size` (height, width in pixels), or of the model's own square.
+
+    ValueError unless both sides are whole numbers of patches.
+    """
+    config, factor = bundle.uvit.config, bundle.codec.factor
+    if size is None:
+        return config.sample_size, config.sample_size
+    step = factor * config.patch_size
+    if min(size) < step or any(side % step for side in size):
+        nearest = "x".join(str(max(1, round(side / step)) * step) for side in size)
+        raise ValueError(f"size {size[0]}x{size[1]}: height and width must be multiples of {step} pixels for this model; the nearest is {nearest}")
+    return size[0] // factor, size[1] // factor
+
+
 @torch.no_grad()
 def generate(
     bundle: Bundle,
@@ -54,6 +69,7 @@ def generate(
     guidance_scale: float | None = None,
     plan: str | None = None,
     guidance_below: float | None = None,
+    size: tuple[int, int] | None = None,
     batch_size: int = 64,
     progress: bool = False,
     callback: Callable[[int, Tensor, Tensor], None] | None = None,
@@ -62,16 +78,16 @@ def generate(
 
     A picture's noise is a function of its seed alone; the batch it is made in changes its pixels by rounding at most.
     num_steps, guidance_scale, plan, guidance_below (see `diffusion.guidance_scales`): None takes the model's own default.
+    size: (height, width) of the pictures in pixels; None: the model's own square.
     batch_size: pictures sampled together (guidance doubles the network's batch). callback(i, y, x): see `diffusion.sample`, called for every batch.
-    Raises ValueError for an invalid plan, step count or guidance, before anything is computed.
+    Raises ValueError for an invalid plan, step count, guidance or size, before anything is computed.
     """
     if len(prompts) != len(seeds):
         raise ValueError(f"{len(prompts)} prompts but {len(seeds)} seeds: give one seed per picture")
     steps = plan_of(bundle.settings, num_steps, plan)
     scales = guidance_scales(steps.tau, *guidance_of(bundle.settings, guidance_scale, guidance_below))
     device = next(bundle.uvit.parameters()).device
-    size = bundle.uvit.config.sample_size
-    shape = (bundle.uvit.config.in_channels, size, size)
+    shape = (bundle.uvit.config.in_channels, *latent_size(bundle, size))
 
     distinct = list(dict.fromkeys(prompts))  # every prompt is encoded once
     text = bundle.text(distinct)

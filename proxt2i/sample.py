@@ -14,12 +14,21 @@ examples:
   python -m proxt2i.sample "a man with a beanie" "a lady with a brimmed hat" --num-images 6 --steps 6 --guidance 2
   python -m proxt2i.sample --prompts prompts.txt --out pictures --seed 100
   python -m proxt2i.sample "a man with sunglasses" --model runs/portraits/model --plan hybrid
+  python -m proxt2i.sample "a woman with a beanie" --model runs/faces/model --size 320x192
 
 Without --model the small portraits model that ships with the package is used: 64x64 drawn people, described by person
 (woman, man), skin (fair, tan, dark skinned), hair (black, brown, blond, red, gray; short, long, curly, in a bun),
 expression (smiling, serious, surprised), glasses or sunglasses, hat (beanie, brimmed hat) and background (blue, green,
 yellow, pink, white). Image i of every prompt uses seed SEED + i; the same seed and settings give the same picture.
 """
+
+
+def size(text: str) -> tuple[int, int]:
+    """"320x192" -> (320, 192)."""
+    match = re.fullmatch(r"(\d+)[xX](\d+)", text)
+    if not match:
+        raise argparse.ArgumentTypeError(f"{text!r}: give HEIGHTxWIDTH in pixels, like 320x192")
+    return int(match[1]), int(match[2])
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -33,6 +42,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--guidance-below", type=float, metavar="T", help="guide only steps with the noise of a time up to T: 1 all, 0 the last one; "
                         "fewer guided steps are faster and keep more variety (default: the model's)")
     parser.add_argument("--plan", help="relaxed, hybrid (as published), backward, variance_preserving or ode (default: the model's)")
+    parser.add_argument("--size", type=size, metavar="HEIGHTxWIDTH", help="size of the pictures in pixels, e.g. 320x192; a network is good at the "
+                        "shapes it was trained on (default: the model's own square)")
     parser.add_argument("--seed", type=int, default=0, help="seed of the first picture of every prompt (default: 0)")
     parser.add_argument("--num-images", type=int, default=4, metavar="M", help="pictures per prompt (default: 4)")
     parser.add_argument("--batch-size", type=int, default=64, help="pictures sampled together (default: 64)")
@@ -92,19 +103,20 @@ def run(args: argparse.Namespace, prompts: list[str]) -> int:
     from .images import grid, save_png, to_pil
     from .models.bundle import load_bundle
     from .embedded import SHIPPED_MODEL
-    from .pipeline import generate, guidance_of, pick_device, plan_of
+    from .pipeline import generate, guidance_of, latent_size, pick_device, plan_of
 
     device = pick_device(args.device)
     bundle = load_bundle(args.model or SHIPPED_MODEL, device=device)
     plan = plan_of(bundle.settings, args.steps, args.plan)
     guidance, below = guidance_of(bundle.settings, args.guidance, args.guidance_below)
+    latent_size(bundle, args.size)  # refused before the folder is made
     args.out.mkdir(parents=True, exist_ok=True)
 
     seeds = [args.seed + i for i in range(args.num_images)]
     start = time.perf_counter()
     images = generate(
         bundle, [p for p in prompts for _ in seeds], seeds * len(prompts),
-        num_steps=plan.num_steps, guidance_scale=guidance, guidance_below=below, plan=plan.name, batch_size=args.batch_size, progress=sys.stderr.isatty(),
+        num_steps=plan.num_steps, guidance_scale=guidance, guidance_below=below, plan=plan.name, size=args.size, batch_size=args.batch_size, progress=sys.stderr.isatty(),
     )  # fmt: skip
     seconds = time.perf_counter() - start
 

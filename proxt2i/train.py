@@ -26,6 +26,10 @@ examples
     deepspeed proxt2i/train.py --deepspeed configs/zero2.json optim.lr=1e-3 train.run_dir=runs/slow
   continue after a crash or Ctrl-C, from the newest intact checkpoint in train.run_dir:
     deepspeed proxt2i/train.py --deepspeed configs/zero2.json --resume
+  check a run beforehand, without a GPU: sizes, memory of each of 16 ranks, hours, data and model components:
+    python proxt2i/train.py --dry-run --world-size 16 --config configs/uvit_h_256.yaml data.shards=/data/faces
+  look at a run, also while it trains: one HTML page with its figures, curves and pictures:
+    python -m proxt2i.report runs/portraits
 
 what it writes, in train.run_dir
   config.yaml       the resolved config            checkpoints/   the newest few, named by images seen
@@ -46,6 +50,9 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
                         help="settings that differ from the defaults (the portraits run); may be given again, later files win")
     parser.add_argument("--resume", nargs="?", const="auto", metavar="PATH",
                         help="continue from a checkpoint folder; without PATH from the newest intact one of the run")
+    parser.add_argument("--dry-run", action="store_true",
+                        help="train nothing: check config, data and components, print sizes, memory per rank and hours")
+    parser.add_argument("--world-size", type=int, metavar="N", help="with --dry-run: number of ranks (default: as started)")
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # the deepspeed launcher passes it
     given = parser.parse_intermixed_args(arguments)
     if given.resume and "=" in given.resume and not Path(given.resume).exists():  # --resume section.key=value
@@ -58,10 +65,22 @@ def main(arguments: list[str] | None = None) -> int:
     given = parse_arguments(arguments)
     rank, world_size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
     try:
+        if given.world_size is not None:
+            if not given.dry_run or given.world_size < 1:
+                raise ValueError("--world-size: a number of ranks, at least 1, for --dry-run; otherwise the launcher says how many there are")
+            world_size = given.world_size
         config = load_config(given.config, given.overrides, world_size)
         from proxt2i.training.engine import read_deepspeed_json
+        from proxt2i.training.tracking import check_trackers
 
+        check_trackers(config.train)
         deepspeed_json = read_deepspeed_json(given.deepspeed)
+        if given.dry_run:
+            if rank == 0:
+                from proxt2i.dry_run import dry_run
+
+                dry_run(config, deepspeed_json, world_size)
+            return 0
         if rank == 0:
             print(to_yaml(config), flush=True)
         from proxt2i.training.loop import train  # slow to import: only once the input makes sense

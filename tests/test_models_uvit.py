@@ -234,16 +234,19 @@ def test_save_and_from_pretrained_round_trip_is_bit_equal(tmp_path):
 def test_resize_position_embedding_keeps_conditions_and_interpolates_a_ramp():
     rows, columns = torch.meshgrid(torch.arange(4.0), torch.arange(4.0), indexing="ij")
     position = torch.cat([torch.full((1, 3, 2), -7.0), torch.stack([rows, columns], -1).view(1, 16, 2)], dim=1)
-    out = resize_position_embedding(position, 3, 8)
+    out = resize_position_embedding(position, 3, (8, 8))
     assert out.shape == (1, 3 + 64, 2)
     assert torch.equal(out[:, :3], position[:, :3])
     ramp = (torch.arange(8.0) + 0.5) / 2 - 0.5  # pixel centres of the finer grid in coarse units
     grid = out[0, 3:].view(8, 8, 2)
     torch.testing.assert_close(grid[1:-1, 4, 0], ramp[1:-1])
     torch.testing.assert_close(grid[2, 1:-1, 1], ramp[1:-1])
-    torch.testing.assert_close(resize_position_embedding(position, 3, 4), position)
+    wide = resize_position_embedding(position, 3, (2, 8))[0, 3:].view(2, 8, 2)
+    torch.testing.assert_close(wide[:, 1:-1, 1], ramp[1:-1].expand(2, -1))
+    torch.testing.assert_close(wide[:, 4, 0], torch.tensor([0.5, 2.5]))
+    assert resize_position_embedding(position, 3, (4, 4)) is position
     with pytest.raises(ValueError, match="num_condition_tokens"):
-        resize_position_embedding(position, 2, 8)
+        resize_position_embedding(position, 2, (8, 8))
 
 
 def test_resized_model_runs_trains_and_reloads_at_the_new_size(tmp_path):
@@ -258,6 +261,28 @@ def test_resized_model_runs_trains_and_reloads_at_the_new_size(tmp_path):
         assert torch.equal(UViT2DModel.from_pretrained(tmp_path)(y, t, lam, text), model(y, t, lam, text))
 
 
+@pytest.mark.parametrize("height, width", [(4, 16), (10, 6), (8, 16)])
+def test_other_sizes_run_and_train(height, width):
+    model, (_, t, lam, text) = small(final_conv=True, betas=[0.1, 20.0]), inputs()
+    y = torch.randn(3, 4, height, width)
+    grid = (height // 2, width // 2)
+    assert torch.equal(model._unpatchify(model._patchify(y), grid), y)
+    eps = model(y, t, lam, text)
+    assert eps.shape == y.shape
+    eps.square().mean().backward()
+    assert (model.position.grad.abs().sum(-1) > 0).all()  # every learned position has its part
+
+
+def test_other_sizes_keep_rows_and_columns_apart():
+    """With one position for all patches the network cannot tell them apart: rolled patches give rolled output. Learned ones break that."""
+    model, (_, t, lam, text), y = small().eval(), inputs(), torch.randn(3, 4, 4, 16)
+    rolled = y.roll((2, 4), (2, 3))
+    with torch.no_grad():
+        assert (model(rolled, t, lam, text) - model(y, t, lam, text).roll((2, 4), (2, 3))).abs().max() > 0.1
+        model.position[:, model.num_condition_tokens:] = model.position[:, -1:].clone()
+        torch.testing.assert_close(model(rolled, t, lam, text), model(y, t, lam, text).roll((2, 4), (2, 3)), rtol=1e-4, atol=1e-4)
+
+
 @pytest.mark.parametrize("overrides, name", [
     ({"sample_size": 9}, "sample_size"), ({"num_heads": 5}, "num_heads"), ({"text_lengths": [3]}, "text_lengths"),
 ])
@@ -268,8 +293,9 @@ def test_contradicting_sizes_are_refused(overrides, name):
 
 def test_wrong_inputs_are_refused():
     model, (y, t, lam, text) = small(), inputs()
-    with pytest.raises(ValueError, match=r"takes \[B, 4, 8, 8\]"):
-        model(y[:, :, :4], t, lam, text)
+    for wrong in (y[:, :, :5], y[..., :0], y[:, :3], y[0]):
+        with pytest.raises(ValueError, match=r"takes \[B, 4, H, W\], H and W divisible by patch_size 2 \(8 x 8 is its own size\)"):
+            model(wrong, t, lam, text)
     with pytest.raises(ValueError, match=r"text has .* takes \[\(3, 6\), \(2, 10\)\]"):
         model(y, t, lam, text[::-1])
 

@@ -45,6 +45,15 @@ def test_a_picture_is_its_seed_and_prompt_whatever_the_batch(bundle):
     assert all((a - b).abs().float().mean() > 2 for a, b in zip(together, other))
 
 
+def test_a_size_that_is_not_square(bundle, tmp_path):
+    assert sample.main([PROMPT, "--num-images", "1", "--steps", "4", "--seed", "3", "--size", "96x48", "--out", str(tmp_path)]) == 0
+    assert Image.open(next(tmp_path.glob("000-*.png"))).size == (48, 96)
+    own, asked = (generate(bundle, [PROMPT], [3], num_steps=4, size=size) for size in (None, (64, 64)))
+    assert torch.equal(own, asked)
+    with pytest.raises(SystemExit):
+        sample.main([PROMPT, "--size", "96"])
+
+
 def test_pictures_show_what_the_prompts_say(bundle):
     drawn = [make_portrait(HELD_OUT_SEED + 70_000 + i, complete=True) for i in range(64)]
     images = generate(bundle, [c for _, c, _ in drawn], list(range(64)), num_steps=8, guidance_scale=2.0)
@@ -77,6 +86,7 @@ def test_guidance_on_the_last_steps_costs_no_more_than_it_should(bundle):
         (["a man", "--num-images", "0"], "--num-images 0"),
         (["a man", "--guidance", "-1"], "guidance_scale=-1"),
         (["a man", "--guidance-below", "1.5"], "guidance_below=1.5"),
+        (["a man", "--size", "64x70"], "size 64x70: height and width must be multiples of 16 pixels for this model; the nearest is 64x64"),
         (["a man", "--model", "nowhere"], "nowhere"),
         (["a man", "--device", "tpu9"], "tpu9"),
     ],

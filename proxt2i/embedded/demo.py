@@ -2,15 +2,14 @@
 
     python -m proxt2i.embedded.demo [--run-dir runs/demo] [overrides of configs/demo.yaml, e.g. train.images=100000]
 
-Runs three commands that you could type yourself and prints each: training under the deepspeed launcher (one rank per
-GPU, or per core on a CPU), samples of a few prompts, and the evaluation. Interrupted, it goes on where it stopped;
+Runs four commands that you could type yourself and prints each: training under the deepspeed launcher (one rank per
+GPU, or per core on a CPU), samples of a few prompts, the evaluation, and a page about it all. Interrupted, it goes on where it stopped;
 finished, it only samples and evaluates again; delete the run folder to start afresh.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import shlex
 import subprocess
@@ -43,27 +42,6 @@ def call(title: str, command: list[str]) -> None:
         sys.exit(code)
 
 
-def plot_curves(run_dir: Path) -> Path:
-    """RUN/curves.png from RUN/stats.jsonl: the loss, overall and per step count, and images/s against images seen."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
-    rows = [json.loads(line) for line in (run_dir / "stats.jsonl").read_text().splitlines()]
-    images = [r["images"] for r in rows]
-    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4), constrained_layout=True)
-    for key in sorted({k for r in rows for k in r if k.startswith("loss/")}, key=lambda k: int("".join(filter(str.isdigit, k)) or 0)):
-        left.plot(images, [r.get(key) for r in rows], lw=0.8, label=key.removeprefix("loss/"))
-    left.plot(images, [r["loss"] for r in rows], color="black", lw=1.5, label="all")
-    left.set(xlabel="images seen", ylabel="proximal matching loss", title="loss, by step count N")
-    left.legend(fontsize=8)
-    right.plot(images, [r["images_per_s"] for r in rows])
-    right.set(xlabel="images seen", ylabel="images/s", title="throughput", ylim=(0, None))
-    figure.savefig(run_dir / "curves.png", dpi=110)
-    return run_dir / "curves.png"
-
-
 def main() -> None:
     parser = argparse.ArgumentParser("python -m proxt2i.embedded.demo", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--run-dir", type=Path, default=Path("runs/demo"))
@@ -77,10 +55,10 @@ def main() -> None:
     model = str(run_dir / "model")
     call("samples", [sys.executable, "-m", "proxt2i.sample", *PROMPTS, "--model", model, "--num-images", "6", "--out", str(run_dir / "pictures")])
     call("evaluation by the judge", [sys.executable, "-m", "proxt2i.evaluate", "--model", model, "--steps", "4,8", "--num-prompts", "512", "--out", str(run_dir / "evaluation")])
-    curves = plot_curves(ROOT / run_dir)
+    call("report", [sys.executable, "-m", "proxt2i.report", str(run_dir)])
     print(
         f"\nDone in {(time.time() - start) / 60:.1f} min. Look at\n  {ROOT / run_dir / 'pictures' / 'grid.png'}   what the prompts above became\n"
-        f"  {ROOT / run_dir / 'samples'}/   the same prompts during training\n  {curves}   loss and throughput\n"
+        f"  {ROOT / run_dir / 'report.html'}   settings, curves, pictures during training, evaluation: one page for the browser\n"
         f'and try: {Path(sys.executable).parent / "python"} -m proxt2i.sample "a surprised man with curly red hair" --model {model}'
     )  # fmt: skip
 

@@ -30,7 +30,7 @@ class TextEncoder(nn.Module):
         self.tokenizers = list(tokenizers)
         self.encoders = nn.ModuleList(encoders)
         self.dims = [encoder.config.hidden_size for encoder in encoders]
-        self.lengths = list(lengths or map(_default_length, tokenizers, encoders))
+        self.lengths = list(lengths or (_default_length(t, e.config) for t, e in zip(tokenizers, encoders)))
         for length, encoder in zip(self.lengths, encoders):
             limit = getattr(encoder.config, "max_position_embeddings", None) or length
             if length > limit:
@@ -41,12 +41,7 @@ class TextEncoder(nn.Module):
     @classmethod
     def from_pretrained(cls, folder: Path | str, device="cpu", dtype: torch.dtype = torch.float32) -> "TextEncoder":
         """Read FOLDER/text_encoder + FOLDER/tokenizer, and text_encoder_2 + tokenizer_2 and so on where present."""
-        folder = Path(folder)
-        suffixes = [""]
-        while (folder / f"text_encoder_{len(suffixes) + 1}").is_dir():
-            suffixes.append(f"_{len(suffixes) + 1}")
-        return cls.from_sources([(folder / f"tokenizer{s}", folder / f"text_encoder{s}") for s in suffixes],
-                                device=device, dtype=dtype)
+        return cls.from_sources(_sources(folder), device=device, dtype=dtype)
 
     @classmethod
     def from_sources(cls, sources: list[tuple[Path | str, Path | str]], lengths: list[int] | None = None,
@@ -110,9 +105,29 @@ class TextEncoder(nn.Module):
                         "tells which)", self.lengths[i], cut[0])
 
 
-def _default_length(tokenizer, encoder: nn.Module) -> int:
+def text_sizes(folder: Path | str) -> tuple[list[int], list[int]]:
+    """`dims` and `lengths` of the TextEncoder in a folder, without loading weights. Raises ValueError as loading would."""
+    dims, lengths = [], []
+    for tokenizer, encoder in _sources(folder):
+        _check_type(encoder, check_component(encoder).get("model_type"))
+        config = AutoConfig.from_pretrained(encoder)
+        config = getattr(config, "text_config", config)  # that of a whole CLIP model
+        dims.append(config.hidden_size)
+        lengths.append(_default_length(_load_tokenizer(tokenizer), config))
+    return dims, lengths
+
+
+def _sources(folder: Path | str) -> list[tuple[Path, Path]]:
+    """The (tokenizer, encoder) folders in a model folder."""
+    folder, suffixes = Path(folder), [""]
+    while (folder / f"text_encoder_{len(suffixes) + 1}").is_dir():
+        suffixes.append(f"_{len(suffixes) + 1}")
+    return [(folder / f"tokenizer{s}", folder / f"text_encoder{s}") for s in suffixes]
+
+
+def _default_length(tokenizer, config) -> int:
     """The tokenizer's length, bounded by the encoder's positions; DEFAULT_T5_LENGTH where neither knows one."""
-    known = [n for n in (tokenizer.model_max_length, getattr(encoder.config, "max_position_embeddings", None))
+    known = [n for n in (tokenizer.model_max_length, getattr(config, "max_position_embeddings", None))
              if n and n < 100_000]  # transformers says 1e30 for "unknown"
     return min(known) if known else DEFAULT_T5_LENGTH
 
@@ -135,9 +150,7 @@ def _load_encoder(source: Path | str, dtype: torch.dtype) -> nn.Module:
         model_type = check_component(source).get("model_type")
     else:
         model_type = AutoConfig.from_pretrained(source).model_type
-    if model_type not in ENCODERS:
-        raise ValueError(f"{source} is a {model_type!r} model; text encoders of these types are known: "
-                         f"{', '.join(ENCODERS)}")
+    _check_type(source, model_type)
     bar = logging_utils.is_progress_bar_enabled()
     logging_utils.disable_progress_bar()
     try:
@@ -148,3 +161,9 @@ def _load_encoder(source: Path | str, dtype: torch.dtype) -> nn.Module:
             logging_utils.enable_progress_bar()
     check_loaded(source, info)
     return encoder
+
+
+def _check_type(source: Path | str, model_type: str | None) -> None:
+    if model_type not in ENCODERS:
+        raise ValueError(f"{source} is a {model_type!r} model; text encoders of these types are known: "
+                         f"{', '.join(ENCODERS)}")

@@ -122,7 +122,8 @@ class UViT2DModel(ModelMixin, ConfigMixin):
     """eps_theta(y, t, lambda, text), the network behind the proximal operator prox(y) = y - sqrt(lambda) eps.
 
     Args:
-        sample_size: height and width of y, divisible by `patch_size`.
+        sample_size: native height and width of y, divisible by `patch_size`. Other sizes work too: the learned image
+            positions are interpolated to their grid.
         in_channels: channels of y (16 for SD3.5-like latents, 3 for pixels).
         embed_dim, depth, num_heads: width D, U-ViT's depth (2 * (depth // 2) + 1 blocks), attention heads.
         mlp_ratio: hidden width of each block's MLP over D.
@@ -188,7 +189,8 @@ class UViT2DModel(ModelMixin, ConfigMixin):
         """Predict the noise n of y = x_t + sqrt(lam) n.
 
         Args:
-            y: [B, C, H, W], not yet scaled. t: [B], time in [0, 1]. lam: [B], step lambda >= 0.
+            y: [B, C, H, W], H and W divisible by `patch_size`, not yet scaled. t: [B], time in [0, 1]. lam: [B], step
+                lambda >= 0.
             text: one [B, L_i, D_i] per text encoder, zero past the caption's end.
 
         Returns: eps [B, C, H, W] in y's dtype. The score baseline calls with lam = 0 and gets all of the noise in y.
@@ -203,9 +205,10 @@ class UViT2DModel(ModelMixin, ConfigMixin):
             *(project(c.to(dtype)) for project, c in zip(self.text_embed, text)),
             self.patch_embed(self._patchify(scaled).to(dtype)),
         ]
-        x = torch.cat(tokens, dim=1) + self.position
+        grid = y.shape[2] // self.config.patch_size, y.shape[3] // self.config.patch_size
+        x = torch.cat(tokens, dim=1) + resize_position_embedding(self.position, self.num_condition_tokens, grid)
         x = self._run_blocks(x)
-        eps = self._unpatchify(self.out(self.norm(x)))
+        eps = self._unpatchify(self.out(self.norm(x)), grid)
         if self.conv is not None:
             eps = self.conv(eps)
         if self.schedule is not None:
@@ -242,16 +245,15 @@ class UViT2DModel(ModelMixin, ConfigMixin):
         b, c, h, w = y.shape
         return y.reshape(b, c, h // p, p, w // p, p).permute(0, 2, 4, 3, 5, 1).reshape(b, -1, p * p * c)
 
-    def _unpatchify(self, x: Tensor) -> Tensor:  # [B, tokens, p p C] -> [B, C, H, W]
-        p, c, size = self.config.patch_size, self.config.in_channels, self.config.sample_size
-        n = size // p
-        return x.reshape(-1, n, n, p, p, c).permute(0, 5, 1, 3, 2, 4).reshape(-1, c, size, size)
+    def _unpatchify(self, x: Tensor, grid: tuple[int, int]) -> Tensor:  # [B, tokens, p p C] -> [B, C, H, W]
+        p, c, (rows, columns) = self.config.patch_size, self.config.in_channels, grid
+        return x.reshape(-1, rows, columns, p, p, c).permute(0, 5, 1, 3, 2, 4).reshape(-1, c, rows * p, columns * p)
 
     def _check_inputs(self, y: Tensor, text: list[Tensor]) -> None:
         cfg = self.config
-        if tuple(y.shape[1:]) != (cfg.in_channels, cfg.sample_size, cfg.sample_size):
-            raise ValueError(f"y has shape {tuple(y.shape)}; this U-ViT takes "
-                             f"[B, {cfg.in_channels}, {cfg.sample_size}, {cfg.sample_size}]")
+        if y.ndim != 4 or y.shape[1] != cfg.in_channels or any(n == 0 or n % cfg.patch_size for n in y.shape[2:]):
+            raise ValueError(f"y has shape {tuple(y.shape)}; this U-ViT takes [B, {cfg.in_channels}, H, W], H and W "
+                             f"divisible by patch_size {cfg.patch_size} ({cfg.sample_size} x {cfg.sample_size} is its own size)")
         shapes = [tuple(c.shape[1:]) for c in text]
         expected = list(zip(cfg.text_lengths, cfg.text_dims))
         if shapes != expected:
@@ -263,22 +265,26 @@ class UViT2DModel(ModelMixin, ConfigMixin):
         if sample_size % self.config.patch_size:
             raise ValueError(f"sample_size {sample_size} is not divisible by patch_size {self.config.patch_size}")
         grid = sample_size // self.config.patch_size
-        self.position = nn.Parameter(resize_position_embedding(self.position, self.num_condition_tokens, grid))
+        self.position = nn.Parameter(resize_position_embedding(self.position, self.num_condition_tokens, (grid, grid)))
         self.register_to_config(sample_size=sample_size)
         return self
 
 
-def resize_position_embedding(position: Tensor, num_condition_tokens: int, grid: int) -> Tensor:
-    """[1, num_condition_tokens + g*g, D] -> [1, num_condition_tokens + grid*grid, D].
+def resize_position_embedding(position: Tensor, num_condition_tokens: int, grid: tuple[int, int]) -> Tensor:
+    """[1, num_condition_tokens + g*g, D] -> [1, num_condition_tokens + rows*columns, D], differentiable; grid: (rows, columns).
 
-    Condition tokens keep their positions; the image's g x g map is interpolated bilinearly (recommended).
+    Condition tokens keep their positions; the image's g x g map is interpolated bilinearly (recommended). `position`
+    itself when the grid is its own.
     """
+    old = math.isqrt(position.shape[1] - num_condition_tokens)
+    if old * old != position.shape[1] - num_condition_tokens:
+        raise ValueError(f"{position.shape[1] - num_condition_tokens} image positions are not a square grid; "
+                         "is num_condition_tokens right?")
+    if grid == (old, old):
+        return position
     condition, image = position[:, :num_condition_tokens], position[:, num_condition_tokens:]
-    old = math.isqrt(image.shape[1])
-    if old * old != image.shape[1]:
-        raise ValueError(f"{image.shape[1]} image positions are not a square grid; is num_condition_tokens right?")
     image = image.unflatten(1, (old, old)).permute(0, 3, 1, 2)
-    image = F.interpolate(image.float(), size=(grid, grid), mode="bilinear", align_corners=False)
+    image = F.interpolate(image.float(), size=grid, mode="bilinear", align_corners=False)
     return torch.cat([condition, image.permute(0, 2, 3, 1).flatten(1, 2).to(position.dtype)], dim=1)
 
 

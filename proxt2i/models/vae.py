@@ -23,7 +23,7 @@ class LatentCodec(nn.Module):
         super().__init__()
         self.vae = vae.float().requires_grad_(False).eval()
         self.channels = vae.config.latent_channels
-        self.factor = 2 ** (len(vae.config.block_out_channels) - 1)
+        self.factor = _factor(vae.config.block_out_channels)
         self.scale = vae.config.scaling_factor or 1.0
         self.shift = vae.config.shift_factor or 0.0
         self.encode_dtype = encode_dtype
@@ -33,9 +33,7 @@ class LatentCodec(nn.Module):
     def from_pretrained(cls, folder: Path | str, device="cpu", dtype: torch.dtype = torch.float32) -> "LatentCodec":
         """Read FOLDER/vae. ValueError names what is missing, corrupt, or of another class."""
         path = Path(folder) / "vae"
-        name = check_component(path).get("_class_name")
-        if name != "AutoencoderKL":
-            raise ValueError(f"{path / 'config.json'} says _class_name {name!r}; AutoencoderKL is needed")
+        _vae_config(path)
         vae, info = AutoencoderKL.from_pretrained(path, use_safetensors=True, low_cpu_mem_usage=False,
                                                   output_loading_info=True)
         check_loaded(path, info)
@@ -109,3 +107,22 @@ def load_codec(folder: Path | str, device="cpu", dtype: torch.dtype = torch.floa
     if (Path(folder) / "vae").is_dir():
         return LatentCodec.from_pretrained(folder, device, dtype)
     return PixelSpace()
+
+
+def codec_sizes(folder: Path | str) -> tuple[int, int]:
+    """`channels` and `factor` of the codec in a folder, without loading weights. Raises ValueError as loading would."""
+    if not (Path(folder) / "vae").is_dir():
+        return PixelSpace.channels, PixelSpace.factor
+    config = _vae_config(Path(folder) / "vae")
+    return config.get("latent_channels", 4), _factor(config.get("block_out_channels", (64,)))  # diffusers' defaults
+
+
+def _vae_config(path: Path) -> dict:
+    config = check_component(path)
+    if config.get("_class_name") != "AutoencoderKL":
+        raise ValueError(f"{path / 'config.json'} says _class_name {config.get('_class_name')!r}; AutoencoderKL is needed")
+    return config
+
+
+def _factor(block_out_channels: list[int]) -> int:
+    return 2 ** (len(block_out_channels) - 1)

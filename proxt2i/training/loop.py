@@ -12,7 +12,7 @@ import torch
 
 from proxt2i.config import Config, to_yaml
 from proxt2i.models.bundle import Bundle, load_uvit
-from proxt2i.models.uvit import UViT2DModel, build_uvit
+from proxt2i.models.uvit import PRESETS, UViT2DModel, build_uvit
 from proxt2i.training import distributed, engine as engines
 from proxt2i.training.checkpoint import Checkpoint, CheckpointStore, replace_text
 from proxt2i.training.distributed import Ranks, StopFlag
@@ -83,13 +83,13 @@ class Trainer:
             self.run_dir.mkdir(parents=True, exist_ok=True)
             replace_text(self.run_dir / "config.yaml", to_yaml(config))
             replace_text(self.run_dir / "deepspeed.json", json.dumps(filled, indent=2))
-            self.tracker = Tracker(self.run_dir, config.train.images, self.images_seen, config.train.tensorboard)
+            self.tracker = Tracker(self.run_dir, config, self.images_seen)
 
     # -- the run ------------------------------------------------------------------------------------------------------
 
     def run(self) -> int:
         self.feed.open(self.images_seen, self._say)
-        self.meter = Meter(self.objective, self.ranks)
+        self.meter = Meter(self.objective.pairs.bucket_names, self.uvit.config, self.ranks, self.config.train.peak_tflops)
         with StopFlag(self.ranks) as stop:
             received = self._loop(stop)
             if self.saved_at != self.images_seen:
@@ -134,7 +134,7 @@ class Trainer:
             self.engine.step()
             self.meter.add_losses(losses.detach(), example.bucket)
         self.images_seen += self.batch_size
-        self.meter.images += self.batch_size
+        self.meter.add_images(batch.latents)
         norm = self._grad_norm()  # infinite when DeepSpeed has skipped the step; the same on every rank
         bad = self.guard.judge(norm)
         if bad:
@@ -214,21 +214,27 @@ class Trainer:
         return checkpoint
 
     def _build_uvit(self) -> UViT2DModel:
-        """The network, the same on every rank, sized by the data, the codec and the text encoder."""
+        """The network, the same on every rank."""
         torch.manual_seed(self.config.train.seed)
         codec, text = self.feed.codec, self.feed.text
-        settings = {key: value for key, value in asdict(self.config.model).items()
-                    if value is not None and key not in ("preset", "components", "init_from")}
-        diffusion = self.config.diffusion
-        if diffusion.precondition:
-            settings["betas"] = [diffusion.beta_min, diffusion.beta_max]
-        uvit = build_uvit(self.config.model.preset, sample_size=self.config.data.image_size // codec.factor,
-                          in_channels=codec.channels, text_dims=text.dims, text_lengths=text.lengths, **settings)
-        return uvit.to(self.ranks.device)
+        return uvit_of(self.config, codec.channels, codec.factor, text.dims, text.lengths).to(self.ranks.device)
 
     def _say(self, message: str) -> None:
         if self.ranks.is_first:
             print(message, flush=True)
+
+
+def uvit_of(config: Config, channels: int, factor: int, text_dims: list[int], text_lengths: list[int]) -> UViT2DModel:
+    """The network of a run, freshly initialised: sized by the config, the codec (its channels, and pixels per latent) and the
+    text encoders. Raises ValueError where they do not fit each other."""
+    settings = {key: value for key, value in asdict(config.model).items() if value is not None and key not in ("preset", "components", "init_from")}
+    if config.diffusion.precondition:
+        settings["betas"] = [config.diffusion.beta_min, config.diffusion.beta_max]
+    step = factor * (config.model.patch_size or PRESETS.get(config.model.preset, {}).get("patch_size", 1))
+    if config.data.image_size % step:
+        raise ValueError(f"data.image_size ({config.data.image_size}) must be a multiple of {step}: pixels per latent times model.patch_size")
+    return build_uvit(config.model.preset, sample_size=config.data.image_size // factor, in_channels=channels, text_dims=text_dims,
+                      text_lengths=text_lengths, **settings)
 
 
 def check_same_network(uvit: UViT2DModel, saved: dict, source: str) -> None:

@@ -41,10 +41,6 @@ class Objective:
         self.is_score = config.objective == "score"
         self.pairs = TimeSampler() if self.is_score and config.score_times == "uniform" else PairSampler(
             config.step_counts, config.plan, self.schedule, config.step_weights, config.grid, config.snr_power)
-        # Report by step count ("N4/k3" -> "N4"): the network may be good for 20 steps and bad for 4.
-        groups = [name.split("/")[0] for name in self.pairs.bucket_names]
-        self.group_names = list(dict.fromkeys(groups))
-        self.group_of_bucket = torch.tensor([self.group_names.index(group) for group in groups])
 
     def example(self, x0: Tensor, positions: Tensor) -> Example:
         """Noise x0 (float32 [B, C, H, W]); every random number is a function of (run seed, position)."""
