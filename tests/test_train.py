@@ -1,15 +1,10 @@
 """Training end to end on a tiny model, and its promises: exact resume, damage found and named, bad steps skipped."""
 
 import json
-import multiprocessing
 import os
-import random
 import re
 import signal
-import subprocess
 import sys
-import time
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -27,49 +22,19 @@ from proxt2i.training.ema import EMA
 from proxt2i.training.loop import Trainer
 from proxt2i.training.objective import Objective
 from proxt2i.training.randomness import sample_seeds, uniforms
+from runs import ROOT, assert_same_checkpoint, overrides, run_settings, start, write_components, write_squares
 
-ROOT = Path(__file__).parent.parent
 ZERO2 = ROOT / "configs" / "zero2.json"
-COLORS = {"red": (220, 40, 40), "green": (40, 180, 60), "blue": (40, 60, 220), "white": (240, 240, 240)}
 
 
 @pytest.fixture(scope="session")
 def components(tmp_path_factory):
-    """A model folder of frozen parts: a 2-channel VAE (factor 8) and a CLIP text tower, both tiny and random."""
-    from diffusers import AutoencoderKL
-    from tokenizers import Tokenizer, models, pre_tokenizers
-    from transformers import CLIPTextConfig, CLIPTextModel, PreTrainedTokenizerFast
-
-    torch.manual_seed(0)
-    folder = tmp_path_factory.mktemp("components")
-    blocks = dict(block_out_channels=(8, 8, 8, 8), layers_per_block=1, norm_num_groups=4, latent_channels=2,
-                  down_block_types=("DownEncoderBlock2D",) * 4, up_block_types=("UpDecoderBlock2D",) * 4)
-    AutoencoderKL(scaling_factor=1.0, use_quant_conv=False, use_post_quant_conv=False, mid_block_add_attention=False,
-                  **blocks).save_pretrained(folder / "vae")
-    words = ["<pad>", "<unk>", "<s>", "</s>", "a", "square", *COLORS]
-    tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", unk_token="<unk>", bos_token="<s>",
-                            eos_token="</s>", model_max_length=4).save_pretrained(folder / "tokenizer")
-    CLIPTextModel(CLIPTextConfig(vocab_size=len(words), hidden_size=16, intermediate_size=32, num_hidden_layers=1,
-                                 num_attention_heads=2, max_position_embeddings=4, pad_token_id=0, bos_token_id=2,
-                                 eos_token_id=3)).save_pretrained(folder / "text_encoder")
-    return folder
+    return write_components(tmp_path_factory.mktemp("components"))
 
 
 @pytest.fixture(scope="session")
 def shards(tmp_path_factory):
-    from proxt2i.data.shards import write_samples
-
-    rng = random.Random(0)
-    folder = tmp_path_factory.mktemp("shards")
-    samples = []
-    for i in range(120):
-        name = rng.choice(list(COLORS))
-        image = Image.new("RGB", (32, 32), tuple(c + rng.randint(-15, 15) for c in COLORS[name]))
-        samples.append({"key": f"{i:04d}", "image": image, "caption": f"a {name} square"})
-    write_samples(folder, samples, shard_size=50)
-    return folder
+    return write_squares(tmp_path_factory.mktemp("shards"))
 
 
 @pytest.fixture(scope="session")
@@ -82,18 +47,7 @@ def ranks():
 @pytest.fixture
 def settings(components, shards, tmp_path):
     """Overrides of a run of 12 steps that takes about a second."""
-    return {
-        "data.shards": shards, "data.image_size": 32, "data.cache_dir": components / "latents", "model.components": components,
-        "model.embed_dim": 32, "model.depth": 3, "model.num_heads": 2, "diffusion.step_counts": "[4,8]",
-        "optim.lr": 2e-3, "optim.warmup_images": 32, "optim.ema_half_life": 100, "train.images": 192, "train.batch_size": 16,
-        "train.log_every": 32, "train.checkpoint_every": 64, "train.run_dir": tmp_path / "run", "train.tensorboard": "false",
-        "sample.every": 96, "sample.prompts": "[a red square,a blue square]", "sample.per_prompt": 2, "sample.steps": 4,
-    }
-
-
-def overrides(settings, **changes):
-    merged = settings | {key.replace("__", "."): value for key, value in changes.items()}
-    return [f"{key}={value}" for key, value in merged.items()]
+    return run_settings(components, shards, tmp_path / "run")
 
 
 def make_trainer(settings, ranks, resume=None, **changes):
@@ -102,17 +56,6 @@ def make_trainer(settings, ranks, resume=None, **changes):
 
 def weights(run_dir, images, name="uvit"):
     return load_file(run_dir / "checkpoints" / f"step-{images:09d}" / name / "diffusion_pytorch_model.safetensors")
-
-
-def assert_same_checkpoint(one: Path, other: Path):
-    """Bit for bit: weights, averaged weights, optimizer state."""
-    files = sorted(path.relative_to(one) for path in one.rglob("*.safetensors"))
-    assert len(files) >= 3 and files == sorted(path.relative_to(other) for path in other.rglob("*.safetensors"))
-    for file in files:
-        left, right = load_file(one / file), load_file(other / file)
-        assert left.keys() == right.keys()
-        for key in left:
-            assert torch.equal(left[key], right[key]), f"{file}: {key}"
 
 
 # -- one run ----------------------------------------------------------------------------------------------------------
@@ -504,67 +447,6 @@ def test_deepspeed_numbers_must_agree_with_the_config():
 
 
 # -- as typed ---------------------------------------------------------------------------------------------------------
-
-
-def start(command):
-    environment = {key: value for key, value in os.environ.items() if key not in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_PORT")}
-    environment["PATH"] = f"{Path(sys.executable).parent}:{environment['PATH']}"
-    return subprocess.Popen(command, cwd=ROOT, env=environment, text=True, start_new_session=True,
-                            stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
-
-
-def run_rank(rank, port, arguments):
-    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2", LOCAL_WORLD_SIZE="2", MASTER_ADDR="127.0.0.1",
-                      MASTER_PORT=str(port))
-    from proxt2i.train import main
-
-    sys.exit(main(arguments))
-
-
-def run_two_ranks(*arguments):
-    """What `deepspeed --num_gpus 2` starts, without its launcher and from a process that has the imports behind it."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["proxt2i.training.loop", "deepspeed"])
-    port = distributed._free_port()
-    processes = [context.Process(target=run_rank, args=(rank, port, list(map(str, arguments)))) for rank in range(2)]
-    for process in processes:
-        process.start()
-    for process in processes:
-        process.join(300)
-    assert [process.exitcode for process in processes] == [0, 0]
-
-
-def test_two_ranks_survive_kill_9(settings, ranks, tmp_path):
-    """The real launcher; the run is killed at a random moment and resumed: the weights of a straight run, bit for bit."""
-    length = dict(train__images=1600, train__checkpoint_every=160, sample__every=0)
-    run_dir = tmp_path / "killed"
-    arguments = overrides(settings, train__run_dir=run_dir, **length)
-    killed = start(["deepspeed", "--num_gpus", "2", "--master_port", str(distributed._free_port()), "proxt2i/train.py",
-                    "--deepspeed", "configs/zero2.json", *arguments])
-    give_up = time.monotonic() + 300
-    while not (run_dir / "checkpoints" / "latest").exists():
-        assert time.monotonic() < give_up and killed.poll() is None, killed.communicate()[0]
-        time.sleep(0.01)
-    time.sleep(random.random() * 0.5)
-    os.killpg(killed.pid, signal.SIGKILL)
-    output = killed.communicate()[0]
-    assert "2 rank(s) on cpu, 1 CPU thread(s) each" in output or os.cpu_count() > 3
-    assert not (run_dir / "model").exists(), output
-
-    run_two_ranks("--resume", *arguments)
-    run_two_ranks(*overrides(settings, train__run_dir=tmp_path / "straight", **length))
-    newest = "checkpoints/step-000001600"
-    assert_same_checkpoint(tmp_path / "straight" / newest, run_dir / newest)
-    assert len(list((run_dir / newest).glob("optimizer-*"))) == 2
-
-    # Another number of ranks can take over: the moments are the same vectors, cut elsewhere.
-    alone = make_trainer(settings, ranks, str(run_dir / newest), **length)
-    halves = [load_file(file) for file in sorted((run_dir / newest).glob("optimizer-*"))]
-    for group, state in enumerate(engines._partition_states(alone.engine)):
-        name = "momentum_buffer" if group == 0 else "exp_avg"  # the first group is Muon's
-        moments = torch.cat([half[f"{group}.{name}"] for half in halves])[:state[name].numel()]
-        assert state[name].abs().max() > 0 and torch.equal(state[name], moments)
-        assert group == 0 or state["step"] == halves[0][f"{group}.step"] == 100
 
 
 @pytest.mark.parametrize("arguments, message", [
