@@ -123,7 +123,8 @@ def test_kills_and_stops_leave_no_trace_in_the_weights(settings, tmp_path):
 
 
 def test_ctrl_c_twice_under_the_launcher_saves_and_resume_continues(settings, tmp_path):
-    run = launch(*overrides(settings, **FOREVER))
+    """With loader processes, which get the signals as well."""
+    run = launch(*overrides(settings, **FOREVER, data__cache_latents="false", data__workers=1))
     folder = tmp_path / "run" / "checkpoints"
     stats = tmp_path / "run" / "stats.jsonl"
     assert wait_for(lambda: stats.exists() and stats.read_text(), run)
@@ -137,5 +138,5 @@ def test_ctrl_c_twice_under_the_launcher_saves_and_resume_continues(settings, tm
     assert "interrupted by signal" in output and "all saved" in output and "died without a word" not in output
     (checkpoint,) = folder.glob("step-*")
     images = int(checkpoint.name[5:])
-    alone = BareRanks("--resume", *overrides(settings, **FOREVER | dict(train__images=images + 16)), ranks=1, log=tmp_path / "log")
+    alone = BareRanks("--resume", *overrides(settings, **FOREVER | dict(train__images=images + 16), data__cache_latents="false"), ranks=1, log=tmp_path / "log")
     assert alone.wait() == [0] and resumed_at(alone.output) == images
