@@ -67,7 +67,7 @@ def optimizer_sizes(uvit: nn.Module, optim) -> tuple[int, int]:
     """(parameters that Muon trains, parameters that AdamW trains)."""
     sizes = {True: 0, False: 0}
     for group in _parameter_groups(uvit, optim):
-        sizes["matrix_shapes" in group] += sum(p.numel() for p in group["params"])
+        sizes["momentum" in group] += sum(p.numel() for p in group["params"])
     return sizes[True], sizes[False]
 
 

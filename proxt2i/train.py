@@ -4,7 +4,9 @@ Also runs under `torchrun` and, on one rank, under plain `python`.
 """
 
 import argparse
+import faulthandler
 import os
+import signal
 import sys
 import time
 import traceback
@@ -15,6 +17,7 @@ HERE = Path(__file__).resolve().parent
 sys.path[:] = [entry for entry in sys.path if Path(entry or ".").resolve() != HERE]
 
 from proxt2i.config import load_config, to_yaml  # noqa: E402
+from proxt2i.training import lifeline  # noqa: E402
 
 EXAMPLES = """\
 examples
@@ -36,7 +39,13 @@ what it writes, in train.run_dir
   stats.jsonl       one row per log interval       samples/       grids with fixed prompts and seeds
   tensorboard/      the same, as curves            model/         the finished model, for python -m proxt2i.sample
 
-every setting and its meaning: proxt2i/config.py. Exit status: 0 finished, 2 wrong input, 128 + n stopped by signal n.
+stopping and failing
+  Ctrl-C, SIGTERM or SIGUSR2 (to one rank is enough) saves after the step and ends all ranks; then --resume. The deepspeed
+  launcher returns to the prompt at Ctrl-C while the ranks still save, and kills what has not ended after 30 s.
+  Exit status: 0 finished, 1 a rank failed or died (it is named, and all others end at once), 2 wrong input, 128 + n stopped by signal n.
+  A run that hangs: kill -QUIT PID of a rank prints where its threads are, and it goes on.
+
+every setting and its meaning: proxt2i/config.py
 """
 
 
@@ -64,6 +73,10 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
 def main(arguments: list[str] | None = None) -> int:
     given = parse_arguments(arguments)
     rank, world_size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # before the training steps there is nothing to save
+    faulthandler.enable()
+    if hasattr(signal, "SIGQUIT"):
+        faulthandler.register(signal.SIGQUIT)
     try:
         if given.world_size is not None:
             if not given.dry_run or given.world_size < 1:
@@ -86,14 +99,24 @@ def main(arguments: list[str] | None = None) -> int:
         from proxt2i.training.loop import train  # slow to import: only once the input makes sense
 
         signal_number = train(config, deepspeed_json, given.resume)
-    except ValueError as error:
-        if not _is_ours(error):
-            raise
-        if rank != 0:
-            time.sleep(20)  # rank 0 reports the same, and its launcher ends the other ranks meanwhile
-        print(f"error: {error}", file=sys.stderr, flush=True)
-        return 2
+    except Exception as error:
+        return _fail(error, rank)
     return 128 + signal_number if signal_number else 0
+
+
+def _fail(error: Exception, rank: int) -> int:
+    """End all ranks; returns this one's exit status if it is alone, or the ranks have not met yet."""
+    is_input = isinstance(error, ValueError) and _is_ours(error)
+    status = 2 if is_input else lifeline.FAILED
+    report = f"error: {error}"
+    if not is_input:
+        report = (f"{''.join(traceback.format_exception(error))}error: {lifeline.whoami(rank)} failed: "
+                  f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}")
+    lifeline.leave(status, report)
+    if is_input and rank != 0:
+        time.sleep(20)  # rank 0 reports the same, and its launcher ends the other ranks meanwhile
+    print(report, file=sys.stderr, flush=True)
+    return status
 
 
 def _is_ours(error: Exception) -> bool:

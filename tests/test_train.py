@@ -1,15 +1,10 @@
 """Training end to end on a tiny model, and its promises: exact resume, damage found and named, bad steps skipped."""
 
 import json
-import multiprocessing
 import os
-import random
 import re
 import signal
-import subprocess
 import sys
-import time
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -30,6 +25,8 @@ from proxt2i.training.loop import Trainer
 from proxt2i.training.objective import Objective
 from proxt2i.training.randomness import sample_seeds, uniforms
 from proxt2i.training.state import SavedState
+from runs import start
+
 
 # -- one run ----------------------------------------------------------------------------------------------------------
 
@@ -420,48 +417,6 @@ def test_deepspeed_numbers_must_agree_with_the_config():
 
 
 # -- as typed ---------------------------------------------------------------------------------------------------------
-
-
-def start(command):
-    environment = {key: value for key, value in os.environ.items() if key not in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_PORT")}
-    environment["PATH"] = f"{Path(sys.executable).parent}:{environment['PATH']}"
-    return subprocess.Popen(command, cwd=ROOT, env=environment, text=True, start_new_session=True,
-                            stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
-
-
-def train_as_typed(arguments):
-    from proxt2i.train import main
-
-    sys.exit(main(arguments))
-
-
-def run_two_ranks(*arguments):
-    """What `deepspeed --num_gpus 2` starts, without its launcher."""
-    assert run_on_two_ranks(train_as_typed, list(map(str, arguments))) == [0, 0]
-
-
-def test_two_ranks_survive_kill_9(settings, ranks, tmp_path):
-    """The real launcher; the run is killed at a random moment and resumed: the weights of a straight run, bit for bit."""
-    length = dict(train__images=1600, train__checkpoint_every=160, sample__every=0)
-    run_dir = tmp_path / "killed"
-    arguments = overrides(settings, train__run_dir=run_dir, **length)
-    killed = start(["deepspeed", "--num_gpus", "2", "--master_port", str(distributed._free_port()), "proxt2i/train.py",
-                    "--deepspeed", "configs/zero2.json", *arguments])
-    give_up = time.monotonic() + 300
-    while not (run_dir / "checkpoints" / "latest").exists():
-        assert time.monotonic() < give_up and killed.poll() is None, killed.communicate()[0]
-        time.sleep(0.01)
-    time.sleep(random.random() * 0.5)
-    os.killpg(killed.pid, signal.SIGKILL)
-    output = killed.communicate()[0]
-    assert "2 rank(s) on cpu, 1 CPU thread(s) each" in output or os.cpu_count() > 3
-    assert not (run_dir / "model").exists(), output
-
-    run_two_ranks("--resume", *arguments)
-    run_two_ranks(*overrides(settings, train__run_dir=tmp_path / "straight", **length))
-    newest = "checkpoints/step-000001600"
-    assert_same_checkpoint(tmp_path / "straight" / newest, run_dir / newest)
-    assert len(list((run_dir / newest).glob("rank-*"))) == 2
 
 
 @pytest.mark.parametrize("arguments, message", [

@@ -22,6 +22,7 @@ from PIL import Image, ImageOps
 from torch.utils.data import DataLoader, Dataset
 
 from proxt2i.data.index import IMAGE, JSON, TEXT, ShardIndex, index_shards, write_samples
+from proxt2i.data.workers import outlive_signals
 
 __all__ = ["BadSamples", "BatchLoader", "Bad", "EpochOrder", "ShardDataset", "ShardIndex", "decode_image", "flips",
            "index_shards", "positions", "sample_order", "write_samples"]
@@ -296,7 +297,7 @@ class BatchLoader:
         return iter(DataLoader(
             self.dataset, batch_sampler=steps, num_workers=self.num_workers,
             collate_fn=partial(_collate, image_size=self.dataset.image_size), pin_memory=self.device.type == "cuda",
-            generator=torch.Generator(), prefetch_factor=4 if self.num_workers else None))
+            generator=torch.Generator(), prefetch_factor=4 if self.num_workers else None, worker_init_fn=outlive_signals))
 
     def _replace(self, batch: dict, slot: int, position: int, bad: Bad) -> None:
         self.bad.add(bad)

@@ -1,6 +1,7 @@
 """Starting the ranks, and the few collective operations the trainer needs.
 
-Works under the `deepspeed` launcher, under `torchrun`, and in a plain `python` process (one rank).
+Works under the `deepspeed` launcher, under `torchrun`, in a plain `python` process (one rank), and in bare processes, one a rank, that
+find RANK, LOCAL_RANK, WORLD_SIZE, LOCAL_WORLD_SIZE, MASTER_ADDR and MASTER_PORT in their environment.
 """
 
 from __future__ import annotations
@@ -14,6 +15,9 @@ from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
+from torch.distributed.distributed_c10d import _get_default_store
+
+from proxt2i.training import lifeline
 
 
 @dataclass(frozen=True)
@@ -50,11 +54,14 @@ def start(threads: int = 0) -> Ranks:
     except dist.DistNetworkError as error:
         raise ValueError(f"cannot connect the ranks: {error}\nIf another run on this machine uses the port, choose one: "
                          "deepspeed --master_port 29501 proxt2i/train.py ...") from None
+    lifeline.start(dist.get_rank(), dist.get_world_size(), _get_default_store())
     device = torch.device("cuda", local_rank) if on_gpu else torch.device("cpu")
     return Ranks(dist.get_rank(), dist.get_world_size(), local_rank, device)
 
 
 def stop() -> None:
+    """Returns when all ranks have called it."""
+    lifeline.goodbye()
     if dist.is_initialized():
         dist.destroy_process_group()
 
@@ -81,14 +88,14 @@ def gather_objects(value) -> list:
 
 
 class StopFlag:
-    """Set by SIGTERM or SIGINT in any rank, seen by all ranks at the same step. A context: signals are as before after it."""
+    """Set by SIGTERM, SIGINT or SIGUSR2 in any rank, seen by all ranks at the same step. A context: signals are as before after it."""
 
     def __init__(self, ranks: Ranks):
         self._received = 0
         self._device = ranks.device
 
     def __enter__(self) -> StopFlag:
-        self._previous = {number: signal.signal(number, self._on_signal) for number in (signal.SIGTERM, signal.SIGINT)}
+        self._previous = {number: signal.signal(number, self._on_signal) for number in lifeline.STOP_SIGNALS}
         return self
 
     def __exit__(self, *exception) -> None:
