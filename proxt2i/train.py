@@ -73,10 +73,6 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
 def main(arguments: list[str] | None = None) -> int:
     given = parse_arguments(arguments)
     rank, world_size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # before the training steps there is nothing to save
-    faulthandler.enable()
-    if hasattr(signal, "SIGQUIT"):
-        faulthandler.register(signal.SIGQUIT)
     try:
         if given.world_size is not None:
             if not given.dry_run or given.world_size < 1:
@@ -125,4 +121,8 @@ def _is_ours(error: Exception) -> bool:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # before the training steps there is nothing to save
+    faulthandler.enable()
+    if hasattr(signal, "SIGQUIT"):
+        faulthandler.register(signal.SIGQUIT)
     sys.exit(main())
