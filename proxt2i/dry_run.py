@@ -91,9 +91,10 @@ def memory(uvit: UViT2DModel, config: Config, zero: dict, world_size: int, micro
     if zero["stage"] == 3:
         parts["weights gathered for use, at most"] = FP32 * min(muon + adamw, int(zero.get("stage3_max_live_parameters", 1e9)))
     activations = activation_bytes(uvit, micro_batch, bf16)
-    gathered = FP32 * muon  # Muon gathers whole matrices, when the activations are gone
-    if gathered > activations:
-        parts["Muon's gathered matrices, estimate (more than the activations)"] = gathered
+    # When the activations are gone, Muon holds its share of the matrices about six times: sent, received, whole, stacked, and products.
+    exchanged = 6 * FP32 * -(-muon // world_size)
+    if exchanged > activations:
+        parts["Muon's exchanged matrices, estimate (more than the activations)"] = exchanged
     else:
         recomputed = ", gradient checkpointing" if uvit.gradient_checkpointing else ""
         parts[f"activations of {micro_batch} images, estimate{recomputed}"] = activations

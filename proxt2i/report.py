@@ -26,6 +26,8 @@ from safetensors import SafetensorError, safe_open
 from proxt2i.config import Config
 from proxt2i.data.index import write_atomically
 from proxt2i.report_plots import plots
+from proxt2i.training.checkpoint import finished
+from proxt2i.training.state import SavedState
 from proxt2i.training.tracking import read_rows
 
 TEMPLATE = Path(__file__).with_name("report_page.html")
@@ -104,15 +106,9 @@ def _status(run_dir: Path, last: dict, total: int, recent: dict) -> str:
 
 def _facts(run_dir: Path, config: dict) -> list[tuple[str, str]]:
     facts = [("objective", config.get("diffusion", {}).get("objective", "?")), ("network", config.get("model", {}).get("preset", "?"))]
-    weights = [*sorted((run_dir / "checkpoints").glob(f"step-*/uvit/{WEIGHTS}"), reverse=True), run_dir / "model" / "uvit" / WEIGHTS]
-    for path in weights:
-        try:
-            with safe_open(path, "pt") as file:
-                numel = sum(int(np.prod(file.get_slice(key).get_shape())) for key in file.keys())
-        except (OSError, SafetensorError):
-            continue
-        facts.append(("parameters", f"{numel / 1e6:,.2f} M"))
-        break
+    size = _num_parameters(run_dir)
+    if size:
+        facts.append(("parameters", f"{size / 1e6:,.2f} M"))
     deepspeed = _json(run_dir / "deepspeed.json")
     if deepspeed:
         batch, micro = deepspeed["train_batch_size"], deepspeed["train_micro_batch_size_per_gpu"]
@@ -121,6 +117,20 @@ def _facts(run_dir: Path, config: dict) -> list[tuple[str, str]]:
                   ("images a step", f"{batch:,} = {batch // micro // accumulation:,} rank(s) x {accumulation:,} x {micro:,}")]
     diffusers = _json(run_dir / "model" / "uvit" / "config.json").get("_diffusers_version")
     return facts + ([("diffusers", diffusers)] if diffusers else [])
+
+
+def _num_parameters(run_dir: Path) -> int | None:
+    """From the newest readable checkpoint, or the model folder of a run whose checkpoints are gone."""
+    for name in finished(run_dir / "checkpoints"):
+        try:
+            return sum(SavedState(run_dir / "checkpoints" / name).sizes().values())
+        except ValueError:
+            continue
+    try:
+        with safe_open(run_dir / "model" / "uvit" / WEIGHTS, "pt") as file:
+            return sum(int(np.prod(file.get_slice(key).get_shape())) for key in file.keys())
+    except (OSError, SafetensorError):
+        return None
 
 
 def _evaluations(run_dir: Path) -> list[dict]:
@@ -139,9 +149,9 @@ def _checkpoints(folder: Path) -> list[tuple[str, str, str]]:
     """(name, size, note), newest first."""
     latest = (folder / "latest").read_text().strip() if (folder / "latest").is_file() else None
     found = []
-    for path in sorted((p for p in folder.glob("step-*") if p.is_dir() and p.name[5:].isdigit()), reverse=True):
-        size = sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
-        found.append((path.name, f"{size / 2**20:,.1f} MiB", "latest" if path.name == latest else ""))
+    for name in finished(folder):
+        size = sum(file.stat().st_size for file in (folder / name).rglob("*") if file.is_file())
+        found.append((name, f"{size / 2**20:,.1f} MiB", "latest" if name == latest else ""))
     return found
 
 

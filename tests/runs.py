@@ -6,7 +6,6 @@ import os
 import random
 import re
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -15,6 +14,8 @@ from pathlib import Path
 import torch
 from PIL import Image
 from safetensors.torch import load_file
+
+from proxt2i.training.distributed import _free_port
 
 LAZY_IMPORTS = ["diffusers.models.autoencoders.autoencoder_kl", "transformers.models.clip.modeling_clip",
                 "transformers.tokenization_utils_fast", "torch._inductor.compile_fx", "deepspeed.runtime.engine"]
@@ -80,12 +81,6 @@ def overrides(settings, **changes):
 # -- starting them ----------------------------------------------------------------------------------------------------
 
 
-def free_port() -> int:
-    with socket.socket() as server:
-        server.bind(("127.0.0.1", 0))
-        return server.getsockname()[1]
-
-
 def start(command, **options):
     """A process in a group of its own, its output in one pipe."""
     environment = {key: value for key, value in os.environ.items() if key not in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_PORT")}
@@ -97,7 +92,7 @@ def start(command, **options):
 
 def launch(*arguments, ranks=2, **options):
     """`deepspeed --num_gpus RANKS proxt2i/train.py ARGUMENTS`, as a user types it."""
-    return start(["deepspeed", "--num_gpus", ranks, "--master_port", free_port(), "proxt2i/train.py", "--deepspeed",
+    return start(["deepspeed", "--num_gpus", ranks, "--master_port", _free_port(), "proxt2i/train.py", "--deepspeed",
                   "configs/zero2.json", *arguments], **options)
 
 
@@ -107,7 +102,7 @@ class BareRanks:
     def __init__(self, *arguments, ranks=2, log: Path | None = None, program=None):
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload(["proxt2i.training.loop", "deepspeed", *LAZY_IMPORTS])
-        port, self.log = free_port(), log
+        port, self.log = _free_port(), log
         self.processes = [context.Process(target=program or run_rank, args=(rank, ranks, port, list(map(str, arguments)), log))
                           for rank in range(ranks)]
         for process in self.processes:
@@ -136,7 +131,8 @@ class BareRanks:
         return self.log.read_text()
 
 
-def run_rank(rank, ranks, port, arguments, log):
+def become_rank(rank, ranks, port, log):
+    """This process is one of `ranks` from now on, its output in `log`."""
     if log is not None:
         descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
         os.dup2(descriptor, 1)
@@ -144,6 +140,10 @@ def run_rank(rank, ranks, port, arguments, log):
     os.setsid()
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(ranks), LOCAL_WORLD_SIZE=str(ranks), MASTER_ADDR="127.0.0.1",
                       MASTER_PORT=str(port))
+
+
+def run_rank(rank, ranks, port, arguments, log):
+    become_rank(rank, ranks, port, log)
     from proxt2i.train import main
 
     sys.exit(main(arguments))
@@ -187,10 +187,10 @@ def kill(run) -> str:
 # -- comparing them ---------------------------------------------------------------------------------------------------
 
 
-def assert_same_checkpoint(one: Path, other: Path):
-    """Bit for bit: weights, averaged weights, optimizer state."""
+def assert_same_checkpoint(one: Path, other: Path, ranks=2):
+    """Bit for bit: weights, averaged weights, optimizer state, one file a rank."""
     files = sorted(path.relative_to(one) for path in one.rglob("*.safetensors"))
-    assert len(files) >= 2 and files == sorted(path.relative_to(other) for path in other.rglob("*.safetensors"))
+    assert len(files) == ranks and files == sorted(path.relative_to(other) for path in other.rglob("*.safetensors"))
     for file in files:
         left, right = load_file(one / file), load_file(other / file)
         assert left.keys() == right.keys()

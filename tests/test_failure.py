@@ -8,21 +8,9 @@ import time
 import pytest
 from PIL import Image
 
-from runs import (BareRanks, assert_same_checkpoint, launch, overrides, rank_pids, resumed_at, rows, run_settings, wait_for, write_components,
-                  write_squares)
+from runs import BareRanks, assert_same_checkpoint, launch, overrides, rank_pids, resumed_at, rows, wait_for
 
 FOREVER = dict(train__images=10**8, train__log_every=160, train__checkpoint_every=10**7, sample__every=0)
-
-
-@pytest.fixture(scope="module")
-def made(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("made")
-    return write_components(folder / "components"), write_squares(folder / "shards")
-
-
-@pytest.fixture
-def settings(made, tmp_path):
-    return run_settings(*made, tmp_path / "run")
 
 
 def wait_until_it_trains(run):
@@ -44,7 +32,7 @@ def test_a_killed_rank_ends_the_other_which_names_it(settings, tmp_path, victim,
     assert len(said) == 1 and f"rank {victim} (" in said[0] and f"process {run.processes[victim].pid}) died without a word" in said[0]
 
 
-def test_a_failed_rank_ends_the_other_and_its_reason_comes_once_and_last(settings, tmp_path, made):
+def test_a_failed_rank_ends_the_other_and_its_reason_comes_once_and_last(settings, tmp_path):
     """One undecodable image, and none may be bad: the rank that meets it fails while the other waits for its gradients."""
     from proxt2i.data.shards import write_samples
 

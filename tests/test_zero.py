@@ -3,16 +3,18 @@
 import json
 import resource
 from functools import partialmethod
+from pathlib import Path
 
 import pytest
 import torch
-from tiny_run import ROOT, assert_same_checkpoint, overrides, run_on_two_ranks, weights
+from runs import ROOT, BareRanks, assert_same_checkpoint, become_rank, overrides
+from tiny_run import weights
 
 from proxt2i.config import load_config
 from proxt2i.export import main as export_main
 from proxt2i.models.bundle import load_bundle
 from proxt2i.models.uvit import UViT2DModel
-from proxt2i.training import distributed, engine as engines
+from proxt2i.training import distributed
 from proxt2i.training.loop import Trainer
 
 STAGES = ["zero1", "zero2", "zero3", "zero2_offload"]
@@ -26,19 +28,26 @@ def deepspeed_json(stage):
     return loaded
 
 
-def train(arguments, stage, run_dir, resume=None, ranks=None):
-    ranks = ranks or distributed.start(threads=1)
+def train(arguments, stage, run_dir, resume=None, *, ranks):
     config = load_config((), [*arguments, f"train.run_dir={run_dir}"], ranks.world_size)
     Trainer(config, deepspeed_json(stage), resume and str(resume), ranks).run()
 
 
-def on_this_rank(arguments, folder):
+def on_this_rank(rank, world_size, port, arguments, log):
     """Each stage straight through, and again from its own half-way checkpoint; then others' half-way checkpoints."""
+    become_rank(rank, world_size, port, log)
+    folder, *arguments = arguments
+    folder, ranks = Path(folder), distributed.start(threads=1)
+
+    def half_way(stage):
+        return folder / stage / "checkpoints" / "step-000000096"
+
     for stage in STAGES:
-        train(arguments, stage, folder / stage)
-        train(arguments, stage, folder / f"{stage}-again", folder / stage / "checkpoints" / "step-000000096")
-    train(arguments, "zero3", folder / "2-to-3", folder / "zero2" / "checkpoints" / "step-000000096")
-    train(arguments, "zero2", folder / "3-to-2", folder / "zero3" / "checkpoints" / "step-000000096")
+        train(arguments, stage, folder / stage, ranks=ranks)
+        train(arguments, stage, folder / f"{stage}-again", half_way(stage), ranks=ranks)
+    train(arguments, "zero3", folder / "2-to-3", half_way("zero2"), ranks=ranks)
+    train(arguments, "zero2", folder / "3-to-2", half_way("zero3"), ranks=ranks)
+    distributed.stop()
 
 
 @pytest.fixture(scope="module")
@@ -59,7 +68,8 @@ def assert_close(one, other):
 
 def test_all_stages_train_resume_and_export(settings, ranks, tmp_path, length, capsys):
     arguments = overrides(settings, **length)
-    assert run_on_two_ranks(on_this_rank, arguments, tmp_path) == [0, 0]
+    run = BareRanks(tmp_path, *arguments, log=tmp_path / "log", program=on_this_rank)
+    assert run.wait() == [0, 0], run.output
     last = "checkpoints/step-000000192"
     for stage in STAGES:
         assert_same_checkpoint(tmp_path / stage / last, tmp_path / f"{stage}-again" / last)
@@ -77,7 +87,7 @@ def test_all_stages_train_resume_and_export(settings, ranks, tmp_path, length, c
     assert_close(tmp_path / "zero3", tmp_path / "3-to-2")
 
     # one rank goes on where two stopped: the same samples in the same order, the same losses to rounding
-    train(arguments, "zero2", tmp_path / "alone", tmp_path / "zero2" / "checkpoints" / "step-000000096", ranks)
+    train(arguments, "zero2", tmp_path / "alone", tmp_path / "zero2" / "checkpoints" / "step-000000096", ranks=ranks)
     assert_close(tmp_path / "zero2", tmp_path / "alone")
     assert losses(tmp_path / "alone") == pytest.approx(losses(tmp_path / "zero2")[6:], rel=1e-4)
 
@@ -162,7 +172,7 @@ def test_a_full_disk_ends_the_run_and_keeps_the_last_good_checkpoint(settings, r
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, soft_hard)
     assert sorted(path.name for path in (tmp_path / "run" / "checkpoints").iterdir()) == ["latest", "step-000000096"]
-    train(overrides(settings, **length), "zero2", tmp_path / "run", tmp_path / "run", ranks)
+    train(overrides(settings, **length), "zero2", tmp_path / "run", tmp_path / "run", ranks=ranks)
     assert (tmp_path / "run" / "model").is_dir()
 
 

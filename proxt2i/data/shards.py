@@ -22,7 +22,7 @@ from PIL import Image, ImageOps
 from torch.utils.data import DataLoader, Dataset
 
 from proxt2i.data.index import IMAGE, JSON, TEXT, ShardIndex, index_shards, write_samples
-from proxt2i.data.workers import outlive_signals
+from proxt2i.signals import outlive_signals
 
 __all__ = ["BadSamples", "BatchLoader", "Bad", "EpochOrder", "ShardDataset", "ShardIndex", "decode_image", "flips",
            "index_shards", "positions", "sample_order", "write_samples"]

@@ -104,6 +104,7 @@ class CheckpointStore:
                                 find_checkpoint(run_dir if wanted == "auto" else Path(wanted), say))
         return None if found is None else Checkpoint(found, read_state(found))
 
+
 def finished(folder: Path) -> list[str]:
     """Names of the finished checkpoints in a run's checkpoints folder, newest first."""
     if not folder.is_dir():

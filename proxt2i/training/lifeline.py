@@ -27,8 +27,8 @@ import threading
 import time
 from dataclasses import dataclass, field
 
-# What asks a run to stop. SIGUSR2 is submitit's; SIGUSR1 is not for us, NCCL uses it.
-STOP_SIGNALS = [getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGUSR2") if hasattr(signal, name)]
+from proxt2i.signals import STOP_SIGNALS
+
 FAILED = 1  # exit status of every rank when one failed
 START_S = 120.0  # all ranks must have connected after this long: they have just met, so they are there or dead
 GRACE_S = 1.0  # a dead rank makes collectives fail in the others: wait this long for the cause before an effect is reported

@@ -121,6 +121,7 @@ class Trainer:
 
     def step(self) -> None:
         """One optimiser step on `batch_size` images."""
+        self._norm = None
         engines.set_learning_rate(self.engine, self.config.optim, self._learning_rate())
         waiting = time.perf_counter()
         batch = self.feed.next()
@@ -149,7 +150,10 @@ class Trainer:
             self.tracker.advance(self.batch_size)
 
     def _grad_norm(self) -> float:
-        return float(self.engine.optimizer._global_grad_norm)
+        """Of this step, known once DeepSpeed has summed the gradients; read from the device once, though every parameter group asks."""
+        if self._norm is None:
+            self._norm = float(self.engine.optimizer._global_grad_norm)
+        return self._norm
 
     def _learning_rate(self) -> float:
         return engines.learning_rate(self.config.optim, self.images_seen, self.config.train.images)

@@ -30,6 +30,19 @@ class Span:
     stop: int
     offset: int
 
+    def __len__(self) -> int:
+        return self.stop - self.start
+
+    @property
+    def values(self) -> slice:
+        """Which of the matrix."""
+        return slice(self.start, self.stop)
+
+    @property
+    def place(self) -> slice:
+        """Where they lie in the flat tensor."""
+        return slice(self.offset, self.offset + len(self))
+
 
 @dataclass(frozen=True)
 class Matrix:
@@ -84,8 +97,8 @@ class Exchange:
         sent = [[span for m, owner in zip(matrices, owners) if owner == other for span in m.spans if span.rank == rank]
                 for other in range(world)]
         arriving = [[(i, span) for i in self.shapes for span in matrices[i].spans if span.rank == other] for other in range(world)]
-        self.send_sizes = [sum(s.stop - s.start for s in spans) for spans in sent]
-        self.receive_sizes = [sum(s.stop - s.start for _, s in spans) for spans in arriving]
+        self.send_sizes = [sum(map(len, spans)) for spans in sent]
+        self.receive_sizes = [sum(len(s) for _, s in spans) for spans in arriving]
         self.sent, self.arriving = list(chain.from_iterable(sent)), list(chain.from_iterable(arriving))
 
     def orthogonalize(self, flat: Tensor) -> Tensor:
@@ -93,17 +106,17 @@ class Exchange:
 
         Each matrix [m, n] is scaled by sqrt(max(1, m / n)) besides, so that one learning rate suits all shapes.
         """
-        outgoing = torch.cat([flat[:0], *(flat[s.offset:s.offset + s.stop - s.start] for s in self.sent)])
+        outgoing = torch.cat([flat[:0], *(flat[s.place] for s in self.sent)])
         incoming = _exchange(outgoing, self.send_sizes, self.receive_sizes)
         whole = {i: flat.new_empty(shape.numel()) for i, shape in self.shapes.items()}
-        for (i, s), values in zip(self.arriving, incoming.split([s.stop - s.start for _, s in self.arriving])):
-            whole[i][s.start:s.stop] = values
+        for (i, s), values in zip(self.arriving, incoming.split([len(s) for _, s in self.arriving])):
+            whole[i][s.values] = values
         self._orthogonalize(whole)
-        updates = torch.cat([flat[:0], *(whole[i][s.start:s.stop] for i, s in self.arriving)])
+        updates = torch.cat([flat[:0], *(whole[i][s.values] for i, s in self.arriving)])
         returned = _exchange(updates, self.receive_sizes, self.send_sizes)
         result = torch.zeros_like(flat)
-        for s, values in zip(self.sent, returned.split([s.stop - s.start for s in self.sent])):
-            result[s.offset:s.offset + s.stop - s.start] = values
+        for s, values in zip(self.sent, returned.split(list(map(len, self.sent)))):
+            result[s.place] = values
         return result
 
     def _orthogonalize(self, whole: dict[int, Tensor]) -> None:
@@ -124,7 +137,7 @@ def assign(matrices: list[Matrix], world: int) -> list[int]:
     for m in matrices:
         held = defaultdict(int)
         for span in m.spans:
-            held[span.rank] += span.stop - span.start
+            held[span.rank] += len(span)
         cost = _cost(m.shape)
         best = max(held, key=lambda rank: (held[rank], -loads[rank], -rank))
         if loads[best] + cost > share:

@@ -26,9 +26,14 @@ class Piece:
     partition: int
     offset: int
 
+    @property
+    def place(self) -> slice:
+        """Where it lies in that flat tensor."""
+        return slice(self.offset, self.offset + self.stop - self.start)
+
     def of(self, flat: list[Tensor]) -> Tensor:
         """This piece of a rank's flat tensors: a view [stop - start]."""
-        return flat[self.partition][self.offset:self.offset + self.stop - self.start]
+        return flat[self.partition][self.place]
 
 
 class Partition:
@@ -72,7 +77,7 @@ class Partition:
             for rank in range(world if first else 0):
                 for piece in self.pieces[rank]:
                     if piece.partition == number:
-                        whole[piece.name][piece.start:piece.stop] = parts[rank][piece.offset:piece.offset + piece.stop - piece.start]
+                        whole[piece.name][piece.start:piece.stop] = parts[rank][piece.place]
         return whole and {name: values.view(self.shapes[name]) for name, values in whole.items()}
 
 

@@ -101,7 +101,7 @@ class SavedState:
             for piece in partition.own:
                 if piece.partition == number:
                     for kind, values in state.items():
-                        values[piece.offset:piece.offset + piece.stop - piece.start] = self.read(kind, piece.name, piece.start, piece.stop)
+                        values[piece.place] = self.read(kind, piece.name, piece.start, piece.stop)
             if kinds and not is_muon:
                 state["step"] = torch.tensor(float(self.step), device=flat.device)
             optimizer.state[flat] = state

@@ -21,23 +21,10 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file
 
-sys.path.insert(0, str(Path(__file__).parent.parent))
-from runs import (BareRanks, assert_same_checkpoint, kill, launch, overrides, rank_pids, resumed_at, rows, run_settings, wait_for,  # noqa: E402
-                  write_components, write_squares)
+from runs import BareRanks, assert_same_checkpoint, kill, launch, overrides, rank_pids, resumed_at, rows, run_rank, wait_for
 
 KILLS = int(os.environ.get("KILLS", "20"))
 SEED = int(os.environ.get("SEED", time.time_ns() % 10**6))  # of the moments; printed, though timing is never quite the same again
-
-
-@pytest.fixture(scope="module")
-def made(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("made")
-    return write_components(folder / "components"), write_squares(folder / "shards")
-
-
-@pytest.fixture
-def settings(made, tmp_path):
-    return run_settings(*made, tmp_path / "run")
 
 
 def say(text):
@@ -144,7 +131,6 @@ def test_two_ranks_then_one_then_two(settings, tmp_path, optimizer, tolerance):
 
 
 # -- a full disk ------------------------------------------------------------------------------------------------------
-# Needs CheckpointStore.save to name the checkpoint's path in the error of a failed write.
 
 
 @contextlib.contextmanager
@@ -160,8 +146,6 @@ def small_disk(folder: Path, kib: int):
 
 
 def limited_rank(rank, ranks, port, arguments, log):
-    from runs import run_rank
-
     resource.setrlimit(resource.RLIMIT_FSIZE, (LIMIT, LIMIT))
     run_rank(rank, ranks, port, arguments, log)
 
