@@ -19,6 +19,7 @@ HEADS = ("sac+logos+ava1-l14-linearMSE.safetensors", "sac+logos+ava1-l14-linearM
 SOURCE = Source(
     needed=(("config.json",), ("model.safetensors",), HEADS),
     downloads=(("openai/clip-vit-large-patch14", "config.json model.safetensors"),),
+    tokenizer=(),
     notes="and sac+logos+ava1-l14-linearMSE.pth from https://github.com/christophschuhmann/improved-aesthetic-predictor into the same folder",
 )
 

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..models.files import check_component, check_loaded
+from .weights import quiet_loading
 
 
 def load_clip(folder: Path, device: torch.device, dtype: torch.dtype):
@@ -69,15 +70,9 @@ def _transformers_names(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 
 def _from_pretrained(folder: Path | None, named: Path, device: torch.device, dtype: torch.dtype, **options):
     from transformers import CLIPModel
-    from transformers.utils import logging as logging_utils
 
-    bar = logging_utils.is_progress_bar_enabled()
-    logging_utils.disable_progress_bar()
-    try:
+    with quiet_loading():
         model, info = CLIPModel.from_pretrained(folder, dtype=dtype, output_loading_info=True, **options)
-    finally:
-        if bar:
-            logging_utils.enable_progress_bar()
     if folder is None and info.get("unexpected_keys"):
         raise ValueError(f"{named} has tensors that a CLIP does not: {', '.join(sorted(info['unexpected_keys'])[:3])}")
     check_loaded(named, info)

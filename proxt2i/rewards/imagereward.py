@@ -17,7 +17,7 @@ from .preprocess import clip_pixels
 from .weights import Source, find_tokenizer, find_weights, first_of, load_strictly, read_tensors
 
 FILES = ("ImageReward.safetensors", "ImageReward.pt")
-SOURCE = Source(needed=(FILES,), downloads=(("THUDM/ImageReward", "ImageReward.pt"), ("google-bert/bert-base-uncased", "vocab.txt")))
+SOURCE = Source(needed=(FILES,), downloads=(("THUDM/ImageReward", "ImageReward.pt"), ("google-bert/bert-base-uncased", "vocab.txt")), tokenizer=("vocab.txt",))
 MEAN, STD = 0.16717362830052426, 1.0333394966054072  # of the head's output over the package's reference set
 LENGTH = 35  # tokens; longer prompts are cut
 
@@ -48,7 +48,7 @@ class ImageReward(nn.Module):
 
 
 def our_names(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The package's state_dict in our names. What scoring does not use (the projections of BLIP's pre-training, buffers) is left out."""
+    """The package's state_dict in our names. What scoring does not use (other parts of BLIP's pre-training, a buffer) is left out, as there."""
     rules = [(r"blip\.visual_encoder\.patch_embed\.proj\.", "vision.embeddings.patch_embedding."), (r"blip\.visual_encoder\.cls_token", "vision.embeddings.class_embedding"),
              (r"blip\.visual_encoder\.pos_embed", "vision.embeddings.position_embedding"), (r"blip\.visual_encoder\.norm\.", "vision.post_layernorm."),
              (r"blip\.visual_encoder\.blocks\.(\d+)\.norm([12])\.", r"vision.encoder.layers.\1.layer_norm\2."),
@@ -57,7 +57,7 @@ def our_names(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
              (r"blip\.visual_encoder\.blocks\.(\d+)\.", r"vision.encoder.layers.\1."), (r"blip\.text_encoder\.", "text."), (r"mlp\.layers\.", "mlp.")]
     renamed = {}
     for name, tensor in tensors.items():
-        if re.match(r"blip\.(vision_proj|text_proj)\.|blip\.text_encoder\.embeddings\.position_ids$", name):
+        if not re.match(r"blip\.visual_encoder\.|blip\.text_encoder\.|mlp\.", name) or name == "blip.text_encoder.embeddings.position_ids":
             continue
         pattern, replacement = next(((p, r) for p, r in rules if re.match(p, name)), ("", ""))
         renamed[re.sub(f"^{pattern}", replacement, name) if pattern else name] = tensor
@@ -77,7 +77,7 @@ def load(settings: RewardSettings, device: torch.device) -> ImageReward:
     from transformers import BertTokenizer
 
     folder = find_weights(settings, SOURCE)
-    tokenizer = BertTokenizer.from_pretrained(find_tokenizer(settings, folder, SOURCE, ("vocab.txt", "tokenizer.json")), local_files_only=True)
+    tokenizer = BertTokenizer.from_pretrained(find_tokenizer(settings, folder, SOURCE), local_files_only=True)
     vision = dict(hidden_size=1024, intermediate_size=4096, num_hidden_layers=24, num_attention_heads=16, image_size=224, patch_size=16)
     text = dict(vocab_size=30524, hidden_size=768, intermediate_size=3072, num_hidden_layers=12, num_attention_heads=12, max_position_embeddings=512)
     return read_model(first_of(folder, FILES), device, DTYPES[settings.dtype], tokenizer, vision, text)
