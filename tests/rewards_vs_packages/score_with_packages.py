@@ -1,4 +1,5 @@
-"""Scores the cases with the public packages' own classes and functions, and writes golden.json. Run by `make rewards-check` in its own venv.
+"""Scores the cases with the public packages' own classes and functions. Run by `make rewards-check` in its own venv, with a folder that gets
+golden.json (scores), tokens.json (of TEXTS, by hpsv2's tokenizer) and clip-tokenizer (its vocabulary in transformers' files).
 
     hpsv2 1.2.0          hpsv2.img_score.score, with a tiny CLIP in place of ViT-H-14
     image-reward 1.5     ImageReward.score, CLIPScore.inference_rank, AestheticScore.inference_rank, with tiny towers
@@ -21,6 +22,8 @@ sys.path.insert(0, str(Path(__file__).parent))
 import cases  # noqa: E402
 
 SEED = 7
+TEXTS = ["a photo of a cat", "An ASTRONAUT   riding a horse, on Mars!!", "fish &amp; chips &lt;3", "it's 1,234.5 o'clock; we'll see", "naïve café — déjà vu", "日本の城", "🙂 emoji",
+         "\tline\nbreak\t", "x" * 300 + " end", "photo " * 100, "", "((masterpiece:1.2)), 8k, --ar 16:9", "&amp;amp; <b>bold</b>"]
 
 
 def import_torchvision():
@@ -78,7 +81,8 @@ def hpsv2(work):
     img_score = import_hpsv2()
     from hpsv2.src.open_clip import model, tokenizer, transform
 
-    full = [tokenizer.tokenize([prompt])[0].tolist() for prompt in TEXTS]
+    tokens = {text: tokenizer.tokenize([text])[0].tolist() for text in TEXTS}
+    bpe = tokenizer._tokenizer
     c = cases.CLIP
     tiny = model.CLIP(32, dict(layers=c["vision_layers"], width=c["vision_width"], head_width=32, patch_size=c["patch_size"], image_size=c["image_size"]),
                       dict(context_length=77, vocab_size=len(cases.clip_vocabulary()), width=c["text_width"], heads=c["text_heads"], layers=c["text_layers"]), output_dict=True)
@@ -87,10 +91,7 @@ def hpsv2(work):
     tokenizer._tokenizer = tokenizer.SimpleTokenizer(str(cases.write_bpe(work / "bpe.txt.gz")))
     img_score.model_dict.update(model=tiny, preprocess_val=transform.image_transform(c["image_size"], is_train=False, resize_longest_max=True))
     scores = over_all(lambda image, prompt: img_score.score(image, prompt, cp=str(work / "hps.pt"))[0])
-    return {"package": f"hpsv2 {version('hpsv2')}", "heads": [c["text_heads"], 2], "shapes": cases.shapes(tiny), "scores": scores}, full
-
-
-TEXTS = ["a photo of a cat", "An ASTRONAUT   riding a horse, on Mars!!", "fish &amp; chips &lt;3", "it's 1,234.5 o'clock; we'll see", "naïve café — déjà vu", "日本の城", "\tline\nbreak\t", "x" * 300 + " end", "photo " * 100, ""]
+    return {"package": f"hpsv2 {version('hpsv2')}", "heads": [c["text_heads"], 2], "shapes": cases.shapes(tiny), "scores": scores}, tokens, bpe
 
 
 def image_reward(work):
@@ -168,12 +169,16 @@ def main():
     import_torchvision()
     with tempfile.TemporaryDirectory() as work:
         work = Path(work)
-        hps, full = hpsv2(work)
+        hps, tokens, bpe = hpsv2(work)
         results = {"seed": SEED, "versions": {n: version(n) for n in ("torch", "torchvision", "timm", "pillow")}, "hpsv2": hps, **image_reward(work), "pickscore": pickscore(work)}
-    out.write_text(json.dumps(results, sort_keys=True).replace('"shapes": {', '"shapes": {\n  ').replace("], ", "],\n  ") + "\n")
-    tokens = out.with_name(out.stem + "-tokens.json")
-    tokens.write_text(json.dumps({"texts": TEXTS, "tokens": full}) + "\n")
-    print(f"wrote {out} and {tokens}")
+    (out / "golden.json").write_text(json.dumps(results, sort_keys=True).replace("], ", "],\n  ") + "\n")
+    (out / "tokens.json").write_text(json.dumps(tokens) + "\n")
+    vocabulary = out / "clip-tokenizer"
+    vocabulary.mkdir(exist_ok=True)
+    (vocabulary / "vocab.json").write_text(json.dumps({{"<start_of_text>": "<|startoftext|>", "<end_of_text>": "<|endoftext|>"}.get(token, token): i
+                                                        for token, i in bpe.encoder.items()}))
+    (vocabulary / "merges.txt").write_text("\n".join(["#version: 0.2", *(" ".join(pair) for pair in bpe.bpe_ranks)]) + "\n")
+    print(f"wrote {out}/golden.json, tokens.json and clip-tokenizer")
 
 
 if __name__ == "__main__":
