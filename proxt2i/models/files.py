@@ -1,14 +1,18 @@
 """Reading and writing model folders safely: readable-or-named-error checks, and saves that are never half done."""
 
+import hashlib
 import json
 import os
 import shutil
 import uuid
+from collections.abc import Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Iterator
 
+import torch
 from safetensors import SafetensorError, safe_open
+from torch import nn
 
 
 def read_json(path: Path) -> dict:
@@ -113,3 +117,48 @@ def require_folder(folder: Path | str) -> Path:
     previous = folder.parent / f".{folder.name}.previous"
     hint = f"; an interrupted save left {previous}, rename it to {folder.name}" if previous.is_dir() else ""
     raise ValueError(f"model folder {folder} does not exist{hint}")
+
+
+def component_digests(folder: Path) -> dict[str, str]:
+    """SHA-256 of each frozen part in a model folder: "vae" ("pixels" where there is none), "text_encoder", "text_encoder_2", ...
+    (each with its tokenizer). Of the files' bytes, so that it does not depend on the precision they are loaded in."""
+    digests = {"vae": _files_digest([folder / "vae"]) if (folder / "vae").is_dir() else "pixels"}
+    for encoder in sorted(folder.glob("text_encoder*")):
+        digests[encoder.name] = _files_digest([encoder, folder / encoder.name.replace("text_encoder", "tokenizer")])
+    return digests
+
+
+def _files_digest(folders: list[Path]) -> str:
+    h = hashlib.sha256()
+    for path in sorted(path for folder in folders for path in folder.iterdir() if path.is_file()):
+        if path.suffix in (".json", ".safetensors", ".txt", ".model"):
+            h.update(f"{path.parent.name}/{path.name} {path.stat().st_size}\n".encode())
+            with open(path, "rb") as file:
+                while block := file.read(1 << 22):
+                    h.update(block)
+    return h.hexdigest()
+
+
+def weights_digest(component) -> str:
+    """SHA-256 of a component: its type, its modules' weights, and the plain values among its attributes and config."""
+    h = hashlib.sha256(type(component).__name__.encode())
+    if isinstance(component, nn.Module):
+        for name, tensor in sorted(component.state_dict().items()):
+            h.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+            h.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+    _update(h, vars(component) if hasattr(component, "__dict__") else {})
+    config = getattr(component, "config", None)
+    if isinstance(config, Mapping):
+        _update(h, config)
+    return h.hexdigest()
+
+
+def _update(h, values: Mapping) -> None:
+    for name, value in sorted(values.items()):
+        if name.startswith("_") or name in ("training", "device"):
+            continue
+        for item in value if isinstance(value, (list, tuple)) else [value]:
+            if isinstance(item, nn.Module):
+                h.update(f"{name} {weights_digest(item)}".encode())
+            elif isinstance(item, (bool, int, float, str)):
+                h.update(f"{name} {item!r}".encode())

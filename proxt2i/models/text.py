@@ -1,6 +1,7 @@
 """Frozen text encoders: captions in, one fixed-length token sequence per encoder out."""
 
 import logging
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -62,14 +63,15 @@ class TextEncoder(nn.Module):
         return super().train(False)
 
     @torch.no_grad()
-    def forward(self, captions: list[str]) -> list[Tensor]:
-        """captions (B strings; "" is the null caption) -> per encoder [B, L_i, D_i] float32 on the encoder's device."""
+    def forward(self, captions: list[str], encoders: Sequence[int] | None = None) -> list[Tensor]:
+        """captions (B strings; "" is the null caption) -> per encoder [B, L_i, D_i] float32 on the encoder's device.
+        encoders: numbers of those to ask (default: all)."""
         if isinstance(captions, str):
             raise ValueError("captions must be a list of strings, not one string")
         unique = list(dict.fromkeys(captions))  # repeated prompts (and nulls) are encoded once
         rows = {caption: row for row, caption in enumerate(unique)}
         index = torch.tensor([rows[caption] for caption in captions], device=self.device)
-        return [self._encode(i, unique)[index] for i in range(len(self.encoders))]
+        return [self._encode(i, unique)[index] for i in (range(len(self.encoders)) if encoders is None else encoders)]
 
     def truncated(self, captions: list[str]) -> list[bool]:
         """Per caption: does any encoder cut it?"""
