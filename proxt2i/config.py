@@ -28,7 +28,7 @@ OPTIMIZERS = ("muon", "adamw")
 
 @dataclass
 class DataConfig:
-    shards: str = "portraits"  # folder of img2dataset tar shards, or of latents that `python -m proxt2i.data.latents` made of them; "portraits": draw the embedded data set on first use
+    shards: str = "portraits"  # folder of img2dataset tar shards, or of latents made of them; "portraits": draw the embedded data set on first use
     portraits_dir: str = "data/portraits"  # folder the drawn portraits are kept in, one subfolder per recipe
     num_images: int = 12_000  # portraits to draw (images); other data sets are taken whole
     portraits_seed: int = 0  # seed of the drawings

@@ -3,6 +3,7 @@
 import json
 import multiprocessing
 import os
+import shutil
 import signal
 import threading
 import time
@@ -14,16 +15,18 @@ from PIL import Image
 from runs import COLORS, BareRanks, assert_same_checkpoint, overrides, resumed_at, wait_for
 from torch import nn
 
+from proxt2i.config import load_config
 from proxt2i.data import latents as latents_module
 from proxt2i.data.index import index_shards
 from proxt2i.data.latent_shards import LatentDataset, is_latent_folder
 from proxt2i.data.latents import check_latents, describe_latents, encode_shards, main
 from proxt2i.data.loader import BatchLoader
 from proxt2i.data.order import flips
-from proxt2i.data.shards import Bad, ShardDataset
+from proxt2i.data.shards import ShardDataset
 from proxt2i.data.writing import write_samples
 from proxt2i.models.bundle import load_components
 from proxt2i.models.files import component_digests, weights_digest
+from proxt2i.training.feed import Feed
 
 BUCKETS = [(16, 32), (32, 32), (32, 16)]
 
@@ -48,22 +51,30 @@ def parts(components):
     return load_components(components)
 
 
-def dataset_of(pictures) -> ShardDataset:
-    return ShardDataset(index_shards(pictures), 32, buckets=BUCKETS)
+def encode_in(folder, pictures, components, parts, dtype="fp32", **options):
+    """Fill a folder with latents, mirrored ones and embeddings of the pictures."""
+    text, codec = parts
+    dataset = ShardDataset(index_shards(pictures), 32, buckets=BUCKETS)
+    about = describe_latents(dataset, 32, codec, component_digests(components), text=text, encoders=[0], dtype=dtype, mirrored=True, batch_size=7)
+    encode_shards(dataset, folder, about, codec, text, **options)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def finished(pictures, components, parts, tmp_path_factory):
+    return encode_in(tmp_path_factory.mktemp("finished") / "latents", pictures, components, parts)
+
+
+@pytest.fixture
+def folder(finished, tmp_path):
+    """A copy of a finished folder of latents in fp32, to be damaged."""
+    return shutil.copytree(finished, tmp_path / "latents")
 
 
 @pytest.fixture
 def encode(pictures, components, parts, tmp_path):
-    """encode(name) -> a finished folder of latents, mirrored ones and embeddings."""
-    text, codec = parts
-
-    def run(name="latents", dtype="fp32", **options):
-        dataset = dataset_of(pictures)
-        about = describe_latents(dataset, 32, codec, component_digests(components), text=text, encoders=[0], dtype=dtype, mirrored=True, batch_size=7)
-        encode_shards(dataset, tmp_path / name, about, codec, text, **options)
-        return tmp_path / name
-
-    return run
+    """encode(name, ...) -> a folder of the test's, finished."""
+    return lambda name="latents", **options: encode_in(tmp_path / name, pictures, components, parts, **options)
 
 
 def contents(folder) -> dict[str, bytes]:
@@ -73,11 +84,10 @@ def contents(folder) -> dict[str, bytes]:
 # ------------------------------------------------------------------------------------------------------------
 # What is in it.
 
-@pytest.mark.parametrize("in_memory", [False, True])
-@pytest.mark.parametrize("dtype, tolerance", [("fp32", 1e-5), ("fp16", 2e-3), ("bf16", 2e-2)])
+@pytest.mark.parametrize("dtype, tolerance, in_memory", [("fp32", 1e-5, False), ("fp16", 2e-3, True), ("bf16", 2e-2, False)])
 def test_latents_are_the_vaes_of_the_image_and_of_its_mirror_image(encode, pictures, parts, dtype, tolerance, in_memory):
     text, codec = parts
-    images, latents = dataset_of(pictures), LatentDataset(encode(dtype=dtype), in_memory)
+    images, latents = ShardDataset(index_shards(pictures), 32, buckets=BUCKETS), LatentDataset(encode(dtype=dtype), in_memory)
     by_key = {sample["key"]: (sample, images.bucket[i]) for i, sample in enumerate(images[i] for i in range(50)) if isinstance(sample, dict)}
     assert len(latents) == len(by_key) == 49 and latents.buckets == BUCKETS and set(latents.bucket) == {0, 1, 2}
     for i in range(0, 49, 3):
@@ -95,8 +105,8 @@ def test_latents_are_the_vaes_of_the_image_and_of_its_mirror_image(encode, pictu
 
 
 @pytest.mark.parametrize("in_memory", [False, True])
-def test_batches_have_one_shape_and_flips_take_the_mirrored_latents(encode, in_memory):
-    dataset = LatentDataset(encode(), in_memory)
+def test_batches_have_one_shape_and_flips_take_the_mirrored_latents(finished, in_memory):
+    dataset = LatentDataset(finished, in_memory)
     place = dict(seed=2, images_seen=12, rank=1, world=2)
     with BatchLoader(dataset, 3, num_workers=1, flip=True, **place) as flipped, BatchLoader(dataset, 3, num_workers=0, **place) as plain:
         for _ in range(10):
@@ -107,9 +117,9 @@ def test_batches_have_one_shape_and_flips_take_the_mirrored_latents(encode, in_m
             assert (different == turned).all() and torch.equal(got["text"][0], straight["text"][0])
 
 
-def test_an_interrupted_command_and_several_ranks_leave_the_same_bytes(encode, tmp_path, monkeypatch):
+def test_an_interrupted_command_and_several_ranks_leave_the_same_bytes(finished, encode, folder, tmp_path, monkeypatch):
     """kill -9 after every file operation, then go on; and two ranks at a time."""
-    whole = contents(encode("whole"))
+    whole = contents(finished)
     assert [name for name in whole if name.endswith(".safetensors")] == ["00000.safetensors", "00001.safetensors", "00002.safetensors"]
     replace, parent = os.replace, os.getpid()
     for step in range(20):
@@ -137,7 +147,7 @@ def test_an_interrupted_command_and_several_ranks_leave_the_same_bytes(encode, t
         thread.join(60)
     assert contents(tmp_path / "two") == whole
     monkeypatch.setattr(latents_module, "write_latent_shard", lambda *_: pytest.fail("a finished folder is left alone"))
-    assert contents(encode("whole")) == whole
+    assert contents(encode()) == whole
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -150,8 +160,7 @@ def flip_bit(path, where):
     os.utime(path, ns=(stat.st_mtime_ns, stat.st_mtime_ns))
 
 
-def test_a_flipped_bit_anywhere_is_found_when_it_is_read(encode):
-    folder = encode()
+def test_a_flipped_bit_anywhere_is_found_when_it_is_read(folder):
     path, rng = folder / "00000.safetensors", np.random.default_rng(0)
     whole = path.read_bytes()
     for where in rng.integers(0, len(whole), 60).tolist():
@@ -170,8 +179,7 @@ def test_a_flipped_bit_anywhere_is_found_when_it_is_read(encode):
         path.write_bytes(whole)
 
 
-def test_a_damaged_sample_is_replaced_named_and_listed(encode, tmp_path):
-    folder = encode()
+def test_a_damaged_sample_is_replaced_named_and_listed(folder, tmp_path):
     flip_bit(folder / "00002.safetensors", -1)                # of the last row of the last tensor
     listed = tmp_path / "bad_samples.jsonl"
     with BatchLoader(LatentDataset(folder), 7, num_workers=1, bad_list=listed, flip=True) as loader:
@@ -182,8 +190,7 @@ def test_a_damaged_sample_is_replaced_named_and_listed(encode, tmp_path):
 
 
 @pytest.mark.parametrize("damage", ["cut", "flipped bit", "lost", "lost note", "note of others"])
-def test_verify_makes_damaged_shards_again(encode, damage, caplog):
-    folder = encode()
+def test_verify_makes_damaged_shards_again(folder, encode, damage, caplog):
     whole, shard, note = contents(folder), folder / "00001.safetensors", folder / "00001.json"
     {"cut": lambda: os.truncate(shard, 100), "flipped bit": lambda: flip_bit(shard, 900), "lost": shard.unlink, "lost note": note.unlink,
      "note of others": lambda: note.write_bytes(note.read_bytes().replace(b'"fingerprint": "', b'"fingerprint": "0'))}[damage]()
@@ -199,8 +206,7 @@ def test_a_missing_rank_is_named_and_an_unfinished_folder_is_no_data(encode, tmp
         LatentDataset(tmp_path / "latents")
 
 
-def test_other_latents_in_the_folder_and_values_beyond_the_dtype_are_refused(encode, parts):
-    encode()
+def test_other_latents_in_the_folder_and_values_beyond_the_dtype_are_refused(folder, encode, parts):
     with pytest.raises(ValueError, match="holds latents made otherwise .dtype: fp32 there, fp16 here.: choose another folder"):
         encode(dtype="fp16")
     parts[1].scale, scale = 1e7, parts[1].scale
@@ -211,8 +217,8 @@ def test_other_latents_in_the_folder_and_values_beyond_the_dtype_are_refused(enc
         parts[1].scale = scale
 
 
-def test_latents_of_other_components_or_sizes_are_refused(encode, components):
-    dataset, digests = LatentDataset(encode()), component_digests(components)
+def test_latents_of_other_components_or_sizes_are_refused(finished, components):
+    dataset, digests = LatentDataset(finished), component_digests(components)
     check_latents(dataset, 32, None, True, digests)
     for arguments, message in [
             ((64, None, False, digests), "for data.image_size=32, the run asks for 64"),
@@ -228,8 +234,6 @@ def test_latents_of_other_components_or_sizes_are_refused(encode, components):
 
 
 def test_digests_follow_the_files_and_not_the_precision(components, tmp_path):
-    import shutil
-
     before = component_digests(components)
     assert set(before) == {"vae", "text_encoder"} and component_digests(tmp_path) == {"vae": "pixels"}
     copy = shutil.copytree(components, tmp_path / "copy")
@@ -261,6 +265,32 @@ def test_the_command(pictures, components, tmp_path, capsys):
     for extra, message in [(["--text", "t5"], "--text t5:"), (["--text", "all", "--text-tokens", "text_encoder=9"], "--text-tokens text_encoder=9"),
                            (["--max-bad", "0"], "made otherwise"), (["--buckets", "30x32"], "multiples of 16")]:
         assert main([*command, *extra]) == 2 and message in capsys.readouterr().err
+
+
+def test_batches_from_latents_are_those_from_images(components, shards, settings, ranks, tmp_path):
+    """Flips included; one of two text encoders is stored, cut at three tokens, and the other one runs."""
+    from transformers import CLIPTextConfig, CLIPTextModel
+
+    both = shutil.copytree(components, tmp_path / "both")
+    shutil.copytree(both / "tokenizer", both / "tokenizer_2")
+    torch.manual_seed(1)
+    CLIPTextModel(CLIPTextConfig(vocab_size=20, hidden_size=8, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2,
+                                 max_position_embeddings=4, pad_token_id=0, bos_token_id=2, eos_token_id=3)).save_pretrained(both / "text_encoder_2")
+    assert main([str(shards), str(tmp_path / "out"), "--components", str(both), "--image-size", "32", "--flip", "--dtype", "fp32",
+                 "--text", "text_encoder_2", "--text-tokens", "text_encoder_2=3"]) == 0
+    common = dict(model__components=both, data__flip="true", data__workers=0)
+    feeds = []
+    for change in (dict(data__shards=tmp_path / "out"), dict(data__cache_latents="false"), dict(data__cache_dir=tmp_path / "cache")):
+        feeds.append(Feed(load_config(None, overrides(settings, **common, **change)), ranks, 16))
+        feeds[-1].open(32, print)
+    for _ in range(10):
+        stored, direct, cached = (feed.next() for feed in feeds)
+        for other, tolerance in ((direct, 1e-4), (cached, 1e-2)):             # the cache is fp16
+            assert torch.equal(other.positions, stored.positions)
+            torch.testing.assert_close(stored.latents, other.latents, rtol=tolerance, atol=tolerance)
+            for one, two in zip(stored.text, other.text, strict=True):
+                torch.testing.assert_close(one, two, rtol=tolerance, atol=tolerance)
+        assert [t.shape for t in stored.text] == [(16, 4, 16), (16, 4, 8)] and not torch.equal(stored.latents[0], stored.latents[1])
 
 
 def test_two_ranks_train_from_bucketed_latents_and_resume_bit_equal(encode, settings, tmp_path):

@@ -2,9 +2,10 @@
 
 A shard is a plain tar file in img2dataset's layout: KEY.png|jpg|jpeg|webp, KEY.txt (the caption) and KEY.json (anything
 else); the caption may live in the JSON as "caption" instead. Indexing reads every shard once, for the size of each picture
-(from its header, nothing is decoded) and a CRC-32 of each sample, which every later read is compared with. Reading starts from an index of byte ranges, not from a
-stream, because only then does every sample have a number: the order becomes a pure function of (seed, images seen),
-and a sample's identity is (shard, key), so that a cut shard can never lend its image to the next shard's caption.
+(from its header, nothing is decoded) and a CRC-32 of each sample, which every later read is compared with. Reading
+starts from an index of byte ranges, not from a stream, because only then does every sample have a number: the order
+becomes a pure function of (seed, images seen), and a sample's identity is (shard, key), so that a cut shard can never
+lend its image to the next shard's caption.
 Nothing is ever extracted to disk or unpickled, and shards are local files: no URLs, no pipes.
 """
 

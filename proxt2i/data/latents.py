@@ -212,8 +212,8 @@ def _finish(out: Path, about: dict, shards: list[_Shard], rank: int, world: int,
             if _is_written(out, ordered):
                 return
         if time.monotonic() > deadline:
-            raise RuntimeError(f"waited {wait_s:.0f} s for {missing[0].path if missing else out / INDEX}, which rank {missing[0].number % world if missing else 0} "
-                               f"makes: did it fail, or is the folder not shared between the machines?")
+            late, maker = (missing[0].path, missing[0].number % world) if missing else (out / INDEX, 0)
+            raise RuntimeError(f"waited {wait_s:.0f} s for {late}, which rank {maker} makes: did it fail, or is the folder not shared between the machines?")
         time.sleep(0.1)
 
 
@@ -278,22 +278,26 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("shards", metavar="SHARDS", help="folder of tar shards (jpg/png/webp + txt + json)")
     parser.add_argument("out", metavar="OUT", type=Path, help="folder for the latents; ranks on several machines must share it")
-    parser.add_argument("--components", type=Path, metavar="FOLDER", help="model folder with vae/, text_encoder/, tokenizer/ (default: the embedded ones)")
-    parser.add_argument("--image-size", type=int, default=256, metavar="N", help="side of the square pictures, or with buckets the root of their area (pixels; %(default)s)")
-    parser.add_argument("--buckets", nargs="+", default=[], metavar="HxW", help="sizes to cut pictures to, each to the one of the nearest shape (pixels)")
-    parser.add_argument("--max-aspect", type=float, default=1.0, metavar="R", help="make buckets up to R times as long as wide (default: squares only)")
-    parser.add_argument("--multiple", type=int, metavar="N", help="pixels that bucket sides are multiples of: the VAE's factor times the U-ViT's patch size (default: 2 factors)")
-    parser.add_argument("--flip", action="store_true", help="encode the mirrored pictures too, for data.flip (twice the time and space)")
-    parser.add_argument("--text", default="none", metavar="none|all|NAME,...", help="text encoders whose embeddings are kept, e.g. text_encoder_2 (default: %(default)s)")
-    parser.add_argument("--text-tokens", nargs="+", default=[], metavar="NAME=N", help="cut captions at N tokens for that encoder (default: its own length); training pads with zeros")
-    parser.add_argument("--dtype", choices=list(DTYPES), default="fp16", help="of what is kept (default: %(default)s)")
-    parser.add_argument("--compute", choices=["fp32", "bf16"], default="fp32", help="precision of the encoding itself (default: %(default)s)")
-    parser.add_argument("--batch-size", type=int, default=32, metavar="N", help="pictures encoded together (%(default)s)")
-    parser.add_argument("--workers", type=int, default=2, metavar="N", help="processes that read and decode, a rank (%(default)s)")
-    parser.add_argument("--device", help="cpu or cuda (default: this rank's GPU if there is one)")
-    parser.add_argument("--max-bad", type=int, metavar="N", help="bad samples to leave out before giving up (default: 1 %% of the data)")
-    parser.add_argument("--timeout", type=float, default=600, metavar="S", help="seconds without a batch from a worker before giving up (%(default)s)")
-    parser.add_argument("--verify", action="store_true", help="compare finished files with their SHA-256")
+    add = parser.add_argument
+    add("--components", type=Path, metavar="FOLDER", help="model folder with vae/, text_encoder/, tokenizer/ (default: the embedded ones)")
+    add("--image-size", type=int, default=256, metavar="N",
+        help="side of the square pictures, or with buckets the root of their area (pixels; default: %(default)s)")
+    add("--buckets", nargs="+", default=[], metavar="HxW", help="sizes to cut pictures to, each to that of the nearest shape (pixels)")
+    add("--max-aspect", type=float, default=1.0, metavar="R", help="make buckets up to R times as long as wide (default: squares only)")
+    add("--multiple", type=int, metavar="N",
+        help="pixels that bucket sides are multiples of: the VAE's factor times the U-ViT's patch size (default: 2 factors)")
+    add("--flip", action="store_true", help="encode the mirrored pictures too, for data.flip (twice the time and space)")
+    add("--text", default="none", metavar="none|all|NAME,...", help="text encoders whose embeddings are kept, e.g. text_encoder_2 (default: %(default)s)")
+    add("--text-tokens", nargs="+", default=[], metavar="NAME=N",
+        help="cut captions at N tokens for that encoder (default: its own length); training pads with zeros")
+    add("--dtype", choices=list(DTYPES), default="fp16", help="of what is kept (default: %(default)s)")
+    add("--compute", choices=["fp32", "bf16"], default="fp32", help="precision of the encoding itself (default: %(default)s)")
+    add("--batch-size", type=int, default=32, metavar="N", help="pictures encoded together (default: %(default)s)")
+    add("--workers", type=int, default=2, metavar="N", help="processes that read and decode, a rank (default: %(default)s)")
+    add("--device", help="cpu or cuda (default: this rank's GPU if there is one)")
+    add("--max-bad", type=int, metavar="N", help="bad samples to leave out before giving up (default: 1 %% of the data)")
+    add("--timeout", type=float, default=600, metavar="S", help="seconds without a batch from a process before giving up (default: %(default)s)")
+    add("--verify", action="store_true", help="compare finished files with their SHA-256")
     return parser.parse_args(arguments)
 
 

@@ -15,7 +15,7 @@ from PIL import Image, ImageOps
 from torch.utils.data import Dataset
 
 from proxt2i.data.buckets import assign
-from proxt2i.data.index import IMAGE, IMAGE_FORMATS, JSON, TEXT, ShardIndex, checksum, index_shards, may_be_turned
+from proxt2i.data.index import IMAGE, IMAGE_FORMATS, ShardIndex, checksum, index_shards, may_be_turned
 from proxt2i.data.writing import write_samples
 
 __all__ = ["Bad", "ShardDataset", "ShardIndex", "Unusable", "decode_image", "index_shards", "write_samples"]
