@@ -172,7 +172,7 @@ def _data(config: Config, components: Path, factor: int) -> tuple[str, list[tupl
     square = [(data.image_size, data.image_size)]
     if data.shards != "portraits" and is_latent_folder(data.shards):
         dataset = LatentDataset(data.shards)
-        check_latents(dataset, data.image_size, wanted, data.flip, component_digests(components))
+        check_latents(dataset, data.image_size, wanted, data.flip, component_digests(components, [encoder["name"] for encoder in dataset.about["text"]]))
         text, buckets, bucket = f"{data.shards}: {dataset.summary()}", dataset.buckets, dataset.bucket
     elif data.shards == "portraits":
         text = f"{data.num_images:,} portraits of {data.image_size} x {data.image_size} pixels, drawn into {data.portraits_dir} on first use"

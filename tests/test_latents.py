@@ -55,7 +55,7 @@ def encode_in(folder, pictures, components, parts, dtype="fp32", **options):
     """Fill a folder with latents, mirrored ones and embeddings of the pictures."""
     text, codec = parts
     dataset = ShardDataset(index_shards(pictures), 32, buckets=BUCKETS)
-    about = describe_latents(dataset, 32, codec, component_digests(components), text=text, encoders=[0], dtype=dtype, mirrored=True, batch_size=7)
+    about = describe_latents(dataset, 32, codec, component_digests(components, ["text_encoder"]), text=text, names=["text_encoder"], dtype=dtype, mirrored=True, batch_size=7)
     encode_shards(dataset, folder, about, codec, text, **options)
     return folder
 
@@ -218,7 +218,7 @@ def test_other_latents_in_the_folder_and_values_beyond_the_dtype_are_refused(fol
 
 
 def test_latents_of_other_components_or_sizes_are_refused(finished, components):
-    dataset, digests = LatentDataset(finished), component_digests(components)
+    dataset, digests = LatentDataset(finished), component_digests(components, ["text_encoder"])
     check_latents(dataset, 32, None, True, digests)
     for arguments, message in [
             ((64, None, False, digests), "for data.image_size=32, the run asks for 64"),
@@ -234,12 +234,12 @@ def test_latents_of_other_components_or_sizes_are_refused(finished, components):
 
 
 def test_digests_follow_the_files_and_not_the_precision(components, tmp_path):
-    before = component_digests(components)
-    assert set(before) == {"vae", "text_encoder"} and component_digests(tmp_path) == {"vae": "pixels"}
+    before = component_digests(components, ["text_encoder"])
+    assert set(before) == {"vae", "text_encoder"} and component_digests(tmp_path, ["text_encoder"]) == {"vae": "pixels"}
     copy = shutil.copytree(components, tmp_path / "copy")
-    assert component_digests(copy) == before
+    assert component_digests(copy, ["text_encoder"]) == before
     (copy / "tokenizer" / "tokenizer.json").write_text("{}")
-    after = component_digests(copy)
+    after = component_digests(copy, ["text_encoder"])
     assert after["vae"] == before["vae"] and after["text_encoder"] != before["text_encoder"]
 
 
@@ -316,7 +316,7 @@ def test_a_cached_batch_costs_next_to_nothing(tmp_path, parts, components):
     image = Image.new("RGB", (32, 32))
     write_samples(tmp_path / "shards", [{"key": str(i), "image": image, "caption": "a red square"} for i in range(128)])
     dataset, (text, codec) = ShardDataset(index_shards(tmp_path / "shards"), 32), parts
-    about = describe_latents(dataset, 32, codec, component_digests(components), text=text, encoders=[0])
+    about = describe_latents(dataset, 32, codec, component_digests(components, ["text_encoder"]), text=text, names=["text_encoder"])
     encode_shards(dataset, tmp_path / "cache", about, codec, text)
     with BatchLoader(LatentDataset(tmp_path / "cache", in_memory=True), 64) as loader:
         times = []

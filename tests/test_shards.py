@@ -280,7 +280,7 @@ def test_bad_samples_are_listed_once_however_often_they_are_met(tmp_path):
 def test_a_loader_that_hangs_is_ended_and_its_shard_named(tmp_path, how):
     write_samples(tmp_path, samples(40), shard_size=10)
     dataset = ShardDataset(index_shards(tmp_path), SIZE)
-    loader = BatchLoader(dataset, 4, num_workers=1, timeout_s=1.0)
+    loader = BatchLoader(dataset, 4, num_workers=1, timeout_s=3.0)
     if how == "a stopped process":
         next(loader)
         (worker,) = multiprocessing.active_children()
@@ -288,7 +288,7 @@ def test_a_loader_that_hangs_is_ended_and_its_shard_named(tmp_path, how):
     else:
         (tmp_path / "00002.tar").unlink()
         os.mkfifo(tmp_path / "00002.tar")                     # opening it blocks, as on a file server that is gone
-    with pytest.raises(RuntimeError, match=r"no batch of data for 1 s \(data.timeout_s\): loader process \d+ hangs") as error:
+    with pytest.raises(RuntimeError, match=r"no batch of data for 3 s \(data.timeout_s\): loader process \d+ hangs") as error:
         for _ in range(30):
             next(loader)
     if how != "a stopped process":

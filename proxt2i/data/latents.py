@@ -33,18 +33,17 @@ from proxt2i.data.writing import write_atomically
 log = logging.getLogger(__name__)
 
 
-def describe_latents(dataset: ShardDataset, image_size: int, codec, digests: dict[str, str], *, text=None, encoders: Sequence[int] = (),
+def describe_latents(dataset: ShardDataset, image_size: int, codec, digests: dict[str, str], *, text=None, names: Sequence[str] = (),
                      dtype: str = "fp16", mirrored: bool = False, compute: str = "fp32", batch_size: int = 64) -> dict:
     """about.json: everything that the bytes of the latents depend on. digests: see models.files.component_digests;
-    encoders: numbers of those of `text` whose embeddings are kept, up to text.lengths tokens each."""
-    names = [f"text_encoder_{i + 1}" if i else "text_encoder" for i in range(len(text.dims))] if text else []
+    names: of the encoders of `text`, whose embeddings are all kept, up to text.lengths tokens each."""
     index = dataset.index
     return {
         "source": {"digest": index.digest, "samples": len(index), "shards": len(index.shards)},
         "image_size": image_size, "buckets": [f"{h}x{w}" for h, w in dataset.buckets], "mirrored": mirrored, "dtype": dtype, "compute": compute,
         "batch_size": batch_size, "max_bytes": dataset.max_bytes, "max_pixels": dataset.max_pixels,
         "channels": codec.channels, "factor": codec.factor, "vae": digests["vae"],
-        "text": [{"name": names[i], "tokens": text.lengths[i], "width": text.dims[i], "digest": digests[names[i]]} for i in encoders]}
+        "text": [{"name": name, "tokens": text.lengths[i], "width": text.dims[i], "digest": digests[name]} for i, name in enumerate(names)]}
 
 
 def encode_shards(dataset: ShardDataset, out: str | os.PathLike, about: dict, codec, text=None, *, device: str | torch.device = "cpu",
@@ -116,9 +115,8 @@ class _Encoder:
     def __init__(self, about: dict, codec, text, device, dataset: ShardDataset):
         self.about, self.codec, self.text_encoder, self.device, self.dataset = about, codec, text, device, dataset
         self.dtype = DTYPES[about["dtype"]]
-        self.encoders = [_number(encoder["name"]) for encoder in about["text"]]
         self.parts: dict[str, list[list[Tensor]]] = {kind: [[] for _ in about["buckets"]] for kind in ("latents", "mirrored")}
-        self.text: list[list[Tensor]] = [[] for _ in self.encoders]
+        self.text: list[list[Tensor]] = [[] for _ in about["text"]]
         self.records: list[dict] = []
         self.bad: list[Bad] = []
 
@@ -133,8 +131,8 @@ class _Encoder:
             encoded["mirrored"] = self.codec.encode(images.flip(-1))
         for kind, latents in encoded.items():
             self.parts[kind][bucket].append(self._stored(latents, kind, indices)[good])
-        if self.encoders:
-            for rows, embedding in zip(self.text, self.text_encoder(batch["captions"], self.encoders)):
+        if self.about["text"]:
+            for rows, embedding in zip(self.text, self.text_encoder(batch["captions"])):
                 embedding = self._stored(embedding, "embeddings", indices)
                 rows += [embedding[row, :_num_tokens(embedding[row])] for row in good]
         self.records += [{"key": batch["keys"][row], "caption": batch["captions"][row]} for row in good]
@@ -156,10 +154,6 @@ def _num_tokens(embedding: Tensor) -> int:
     """Of [L, D] without the zeros past the caption's end."""
     used = embedding.ne(0).any(-1).nonzero()
     return int(used[-1]) + 1 if len(used) else 0
-
-
-def _number(name: str) -> int:
-    return int(name.removeprefix("text_encoder").lstrip("_") or "1") - 1
 
 
 class _Shard:
@@ -313,31 +307,35 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _run(given: argparse.Namespace) -> None:
-    from proxt2i.models.bundle import EMBEDDED, load_components          # a command is at the end of the data's way
+    from proxt2i.models.bundle import EMBEDDED                # a command is at the end of the data's way
     from proxt2i.models.files import component_digests, require_folder
+    from proxt2i.models.text import TextEncoder, encoder_names
+    from proxt2i.models.vae import load_codec
 
     rank, world, local = (int(os.environ.get(name, default)) for name, default in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
     if not 0 <= rank < world or min(given.batch_size, given.image_size) < 1 or given.workers < 0:
         raise ValueError(f"RANK={rank}, WORLD_SIZE={world}, --batch-size {given.batch_size}, --image-size {given.image_size}, --workers {given.workers}: out of range")
     components = require_folder(given.components or EMBEDDED)
     device = torch.device(given.device or (f"cuda:{local}" if torch.cuda.is_available() else "cpu"))
-    text, codec = load_components(components, device, torch.bfloat16 if given.compute == "bf16" else torch.float32)
-    names = [f"text_encoder_{i + 1}" if i else "text_encoder" for i in range(len(text.dims))]
-    wanted = {"none": [], "all": names}.get(given.text, given.text.split(","))
-    for name in wanted:
-        if name not in names:
-            raise ValueError(f"--text {given.text}: {components} has {', '.join(names)}")
+    there = encoder_names(components)
+    asked = {"none": [], "all": there}.get(given.text, given.text.split(","))
+    if not set(asked) <= set(there):
+        raise ValueError(f"--text {given.text}: {components} has {', '.join(there)}")
+    wanted = [name for name in there if name in asked]
+    dtype = torch.bfloat16 if given.compute == "bf16" else torch.float32
+    codec = load_codec(components, device, dtype)
+    text = TextEncoder.from_pretrained(components, device, dtype, only=wanted) if wanted else None
     for option in given.text_tokens:
         name, _, number = option.partition("=")
-        if name not in wanted or not number.isdigit() or not 0 < int(number) <= text.lengths[names.index(name)]:
+        if name not in wanted or not number.isdigit() or not 0 < int(number) <= text.lengths[wanted.index(name)]:
             raise ValueError(f"--text-tokens {option}: expected NAME=N with a NAME of --text and N from 1 to the encoder's own length")
-        text.lengths[names.index(name)] = int(number)
+        text.lengths[wanted.index(name)] = int(number)
     buckets = make_buckets(given.image_size, given.multiple or 2 * codec.factor, given.buckets, given.max_aspect)
     index = index_shards(given.shards)
     dataset = ShardDataset(index, given.image_size, buckets=buckets)
     if rank == 0:
         print(f"{given.shards}: {index.summary()}\n{describe(buckets, dataset.bucket)}", flush=True)
-    about = describe_latents(dataset, given.image_size, codec, component_digests(components), text=text, encoders=[names.index(name) for name in wanted],
+    about = describe_latents(dataset, given.image_size, codec, component_digests(components, wanted), text=text, names=wanted,
                              dtype=given.dtype, mirrored=given.flip, compute=given.compute, batch_size=given.batch_size)
     encode_shards(dataset, given.out, about, codec, text, device=device, rank=rank, world=world, num_workers=given.workers,
                   verify=given.verify, max_bad=given.max_bad, timeout_s=given.timeout)

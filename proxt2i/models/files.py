@@ -5,7 +5,7 @@ import json
 import os
 import shutil
 import uuid
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Iterator
@@ -119,12 +119,13 @@ def require_folder(folder: Path | str) -> Path:
     raise ValueError(f"model folder {folder} does not exist{hint}")
 
 
-def component_digests(folder: Path) -> dict[str, str]:
-    """SHA-256 of each frozen part in a model folder: "vae" ("pixels" where there is none), "text_encoder", "text_encoder_2", ...
-    (each with its tokenizer). Of the files' bytes, so that it does not depend on the precision they are loaded in."""
+def component_digests(folder: Path, encoders: Sequence[str] = ()) -> dict[str, str]:
+    """SHA-256 of the frozen parts in a model folder: "vae" ("pixels" where there is none), and those of `encoders` ("text_encoder_2",
+    with its tokenizer) that exist. Of the files' bytes, so that it does not depend on the precision they are loaded in."""
     digests = {"vae": _files_digest([folder / "vae"]) if (folder / "vae").is_dir() else "pixels"}
-    for encoder in sorted(folder.glob("text_encoder*")):
-        digests[encoder.name] = _files_digest([encoder, folder / encoder.name.replace("text_encoder", "tokenizer")])
+    for name in encoders:
+        if (folder / name).is_dir():
+            digests[name] = _files_digest([folder / name, folder / name.replace("text_encoder", "tokenizer")])
     return digests
 
 

@@ -40,9 +40,12 @@ class TextEncoder(nn.Module):
         self._warned = False
 
     @classmethod
-    def from_pretrained(cls, folder: Path | str, device="cpu", dtype: torch.dtype = torch.float32) -> "TextEncoder":
-        """Read FOLDER/text_encoder + FOLDER/tokenizer, and text_encoder_2 + tokenizer_2 and so on where present."""
-        return cls.from_sources(_sources(folder), device=device, dtype=dtype)
+    def from_pretrained(cls, folder: Path | str, device="cpu", dtype: torch.dtype = torch.float32,
+                        only: Sequence[str] | None = None) -> "TextEncoder":
+        """Read FOLDER/text_encoder + FOLDER/tokenizer, and text_encoder_2 + tokenizer_2 and so on where present, or `only` the
+        text encoders of these names."""
+        sources = [(tokenizer, encoder) for tokenizer, encoder in _sources(folder) if only is None or encoder.name in only]
+        return cls.from_sources(sources, device=device, dtype=dtype)
 
     @classmethod
     def from_sources(cls, sources: list[tuple[Path | str, Path | str]], lengths: list[int] | None = None,
@@ -117,6 +120,11 @@ def text_sizes(folder: Path | str) -> tuple[list[int], list[int]]:
         dims.append(config.hidden_size)
         lengths.append(_default_length(_load_tokenizer(tokenizer), config))
     return dims, lengths
+
+
+def encoder_names(folder: Path | str) -> list[str]:
+    """Of the text encoders in a model folder, in order: "text_encoder", "text_encoder_2", ..."""
+    return [encoder.name for _, encoder in _sources(folder)]
 
 
 def _sources(folder: Path | str) -> list[tuple[Path, Path]]:

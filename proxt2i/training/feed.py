@@ -19,6 +19,7 @@ from proxt2i.data.loader import BatchLoader
 from proxt2i.data.shards import ShardDataset, index_shards
 from proxt2i.models.bundle import EMBEDDED, load_components
 from proxt2i.models.files import component_digests
+from proxt2i.models.text import encoder_names
 from proxt2i.models.uvit import PRESETS
 from proxt2i.training.distributed import Ranks, first_rank_does, gather_objects
 
@@ -44,6 +45,7 @@ class Feed:
         self.components = Path(config.model.components or EMBEDDED)
         self.text, self.codec = load_components(self.components, ranks.device, dtype)
         self.null_text = self.text([""])
+        self._names = encoder_names(self.components)
         self._config, self._ranks, self._batch_size = config, ranks, batch_size
         self._compute = "bf16" if dtype == torch.bfloat16 else "fp32"
 
@@ -53,7 +55,7 @@ class Feed:
         folder = first_rank_does(ranks, lambda: prepare_shards(data))
         if is_latent_folder(folder):
             dataset = LatentDataset(folder)
-            digests = first_rank_does(ranks, lambda: component_digests(self.components))
+            digests = first_rank_does(ranks, lambda: component_digests(self.components, [encoder["name"] for encoder in dataset.about["text"]]))
             check_latents(dataset, data.image_size, wanted_buckets(config, self.codec.factor), data.flip, digests)
             say(f"data: {folder}: {dataset.summary()}")
         else:
@@ -75,8 +77,8 @@ class Feed:
     def _encode(self, dataset: ShardDataset) -> LatentDataset:
         """The latents of a small data set, in memory; encoded once and kept in data.cache_dir."""
         data, ranks = self._config.data, self._ranks
-        about = describe_latents(dataset, data.image_size, self.codec, component_digests(self.components), text=self.text,
-                                 encoders=range(len(self.text.dims)), mirrored=data.flip, compute=self._compute)
+        about = describe_latents(dataset, data.image_size, self.codec, component_digests(self.components, self._names), text=self.text,
+                                 names=self._names, mirrored=data.flip, compute=self._compute)
         folder = Path(data.cache_dir) / f"latents-{fingerprint(about)[:16]}"
         encode_shards(dataset, folder, about, self.codec, self.text, device=ranks.device, rank=ranks.rank, world=ranks.world_size,
                       verify=True, max_bad=data.max_bad)
@@ -91,11 +93,10 @@ class Feed:
     def _embed(self, batch: dict) -> list[Tensor]:
         """Embeddings of all text encoders: those that are stored, and the others' of the captions."""
         stored = dict(zip(self._stored, batch.get("text", [])))
-        names = ["text_encoder", *(f"text_encoder_{i}" for i in range(2, len(self.text.dims) + 1))]
-        asked = [i for i, name in enumerate(names) if name not in stored]
+        asked = [i for i, name in enumerate(self._names) if name not in stored]
         fresh = dict(zip(asked, self.text(batch["captions"], asked) if asked else []))
         return [fresh[i] if i in fresh else F.pad(stored[name], (0, 0, 0, self.text.lengths[i] - stored[name].shape[1]))
-                for i, name in enumerate(names)]
+                for i, name in enumerate(self._names)]
 
     def count_bad_samples(self) -> int:
         """Bad samples that any rank has met since the start. Collective; RuntimeError on all ranks when they are too many."""
