@@ -232,7 +232,7 @@ def main():
         for part in args.parts:
             result[part] = {"speed": measure_speed, "ranks": measure_ranks, "wait": measure_wait}[part](Path(folder), args)
             print(part, json.dumps(result[part], indent=2), flush=True)
-    write_result(args.out, result)
+            write_result(args.out, result)
 
 
 if __name__ == "__main__":
