@@ -6,7 +6,9 @@ import math
 
 import pytest
 import torch
+from op_cases import OPS, restore_cpu  # noqa: F401
 
+from proxt2i import _C
 from proxt2i.ops import attention, native_available
 from proxt2i.ops.attention import HEAD_DIMS, _table, attention_ref, preferred, why_not_native
 
@@ -71,7 +73,8 @@ def test_wrong_inputs_are_refused():
         (dict(num_queries=-1), "num_queries=-1"), (dict(key_lengths=torch.tensor([3])), "key_lengths must be int64"),
         (dict(key_lengths=torch.tensor([3.0, 2.0])), "key_lengths must be int64"), (dict(q_weight=torch.ones(8)), "both"),
         (dict(q_weight=torch.ones(7), k_weight=torch.ones(7)), "both"), (dict(impl="fast"), "impl must be"),
-        (dict(impl="native"), "impl='native': the native kernels are for CUDA"),
+        (dict(impl="native"), "impl='native': on a CPU the native kernels take"),
+        (dict(qkv=packed(dim=16, dtype=torch.bfloat16), impl="native"), "impl='native': on a CPU the native kernels take"),
     ]
     for change, message in cases:
         options = dict(qkv=qkv) | change
@@ -81,12 +84,13 @@ def test_wrong_inputs_are_refused():
 
 def test_the_table_decides_where_the_kernels_would_do(monkeypatch):
     """On a card that the table does not name torch's kernels run; on one that it does, the nearest number of tokens decides."""
-    qkv = torch.empty(1, 450, 3, 1, 72, dtype=torch.bfloat16, device="meta")
+    qkv = torch.empty(1, 450, 3, 1, 72, dtype=torch.bfloat16)
+    assert preferred(qkv) == "sdpa"
     monkeypatch.setattr(module, "why_not_native", lambda qkv: None)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Card")
     monkeypatch.setattr(module, "_table", lambda: {"Card": {"72": {"256": "sdpa", "463": "native"}}})
     fake = type("", (), {"device": torch.device("cuda"), "shape": qkv.shape, "dtype": qkv.dtype})()
-    assert preferred(fake) == "native" and preferred(qkv) == "sdpa"
+    assert preferred(fake) == "native"
     fake.shape = (1, 100, 3, 1, 72)
     assert preferred(fake) == "sdpa"
     monkeypatch.setattr(module, "_table", lambda: {"Another": {"72": {"463": "native"}}})
@@ -97,6 +101,73 @@ def test_the_committed_table_names_only_what_there_is():
     for rows in _table().values():
         assert set(rows) <= {str(dim) for dim in HEAD_DIMS}
         assert {choice for row in rows.values() for choice in row.values()} <= {"native", "sdpa"}
+
+
+# -- the native CPU operator ------------------------------------------------------------------------------------------
+
+# (images, tokens, heads, width), queries, key lengths: a portraits block and its last one, odd sizes, no keys, no queries
+CPU_CASES = [((3, 42, 4, 32), 42, None), ((2, 42, 4, 32), 16, None), ((2, 9, 3, 16), 5, [9, 4]), ((2, 100, 2, 64), 100, [0, 77]), ((1, 7, 1, 48), 0, None)]
+
+
+def cpu_case(shape, queries, lengths, normalised, dtype):
+    qkv = packed(*shape, dtype=dtype).requires_grad_()
+    weights = [(torch.rand(shape[-1], generator=torch.Generator().manual_seed(i)) + 0.5).to(dtype).requires_grad_() for i in range(2 * normalised)]
+    grad = torch.randn(shape[0], queries, *shape[2:], generator=torch.Generator().manual_seed(2)).to(dtype)
+    options = dict(num_queries=queries, key_lengths=None if lengths is None else torch.tensor(lengths))
+
+    def run(impl):
+        out = attention(qkv, impl=impl, **options, **dict(zip(("q_weight", "k_weight"), weights)))
+        return [out, *torch.autograd.grad(out, [qkv, *weights], grad)]
+
+    return run
+
+
+@pytest.mark.parametrize("normalised", [False, True], ids=["plain", "qk-norm"])
+@pytest.mark.parametrize("shape, queries, lengths", CPU_CASES)
+def test_cpu_operator_is_as_exact_as_plain_torch(shape, queries, lengths, normalised):
+    """float64: the reference's numbers. float32: at most twice the error of the reference in float32, gradients too."""
+    exact = cpu_case(shape, queries, lengths, normalised, torch.float64)
+    torch.testing.assert_close(exact("native"), exact("ref"), rtol=1e-12, atol=1e-13)
+    run = cpu_case(shape, queries, lengths, normalised, torch.float32)
+    for native, plain, wanted in zip(run("native"), run("ref"), exact("ref")):
+        if wanted.numel():
+            assert (native - wanted).abs().max() <= 2 * (plain - wanted).abs().max() + 1e-6 * wanted.abs().max()
+
+
+def test_cpu_operator_is_chosen_for_short_float32_sequences(monkeypatch):
+    monkeypatch.setattr(module, "CPU_IS_FAST", True)
+    assert preferred(packed(dim=32)) == "native"
+    for other in (packed(dim=24), packed(1, 257, 1, 16), packed(dim=32, dtype=torch.float64), packed(dim=32, dtype=torch.bfloat16)):
+        assert preferred(other) == "sdpa"
+    monkeypatch.setattr(module, "CPU_IS_FAST", False)
+    assert preferred(packed(dim=32)) == "sdpa"
+
+
+def test_cpu_operator_gives_the_same_bits_on_any_threads_and_instruction_set(restore_cpu):  # noqa: F811
+    run = cpu_case(*CPU_CASES[0], True, torch.float32)
+    first = run("native")
+    torch.set_num_threads(3)
+    for isa in _C.build_info()["cpu_isas"]:
+        _C.use_cpu_isa(isa)
+        assert all(torch.equal(a, b) for a, b in zip(run("native"), first)), isa
+
+
+def test_cpu_operator_passes_on_what_is_not_a_number():
+    qkv = packed(dim=16)
+    qkv[0, 3, 0, 1, 5] = math.nan
+    bad = attention(qkv, impl="native").isnan()
+    assert bad[0, 3, 1].all() and bad.sum() == 16
+
+
+def test_cpu_operator_passes_opcheck_and_gradcheck():
+    qkv = packed(1, 4, 2, 16, torch.float64).requires_grad_()
+    weights = [(torch.rand(16, dtype=torch.float64) + 0.5).requires_grad_() for _ in range(2)]
+    torch.library.opcheck(OPS.attention_forward.default, (qkv, torch.tensor([3]), *weights, 3, 0.25, 1e-6))
+    out, lse = (t.detach() for t in OPS.attention_forward(qkv, None, *weights, 3, 0.25, 1e-6))
+    plain = [t.detach() for t in (qkv, *weights)]
+    torch.library.opcheck(OPS.attention_backward.default, (out, plain[0], out, lse, None, *plain[1:], 0.25, 1e-6))
+    assert torch.autograd.gradcheck(lambda *a: attention(a[0], key_lengths=torch.tensor([3]), num_queries=3, q_weight=a[1], k_weight=a[2], impl="native"),
+                                    (qkv, *weights), fast_mode=True)
 
 
 @needs_gpu

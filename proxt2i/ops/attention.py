@@ -5,9 +5,10 @@
 With weights, q and k are RMS-normalised over each head first (QK-norm): q -> q_weight q / sqrt(mean(q^2) + norm_eps).
 
 Three implementations: `ref` (plain torch, exact in the input's dtype), `sdpa` (torch's scaled_dot_product_attention with whatever backend it
-picks) and `native` (csrc/cuda/attention_*.cu; bfloat16 and float16, heads of 64, 72 and 128; a head of 72 costs 72, where other kernels pad
-it to 96 or 128; *unverified*: compiled and emulated in CI, not yet run on a GPU). Which of the last two a shape gets is read from
-`attention_table.json`, written by benchmarks/attention.py from measurements; what it does not name is torch's.
+picks) and `native`: on GPUs csrc/cuda/attention_*.cu (bfloat16 and float16, heads of 64, 72 and 128; a head of 72 costs 72, where other kernels pad
+it to 96 or 128; *unverified*: compiled and emulated in CI, not yet run on a GPU), on CPUs csrc/cpu/attention.cpp (float32 and float64, heads of
+a multiple of 16). On a GPU `attention_table.json`, written by benchmarks/attention.py from measurements, says which of the last two a shape gets;
+what it does not name is torch's. On a CPU short sequences are native.
 """
 
 import functools
@@ -18,11 +19,13 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
-from proxt2i.ops.native import native_available
+from proxt2i.ops.native import cpu_isa, native_available
 
 TABLE = Path(__file__).with_name("attention_table.json")
 HEAD_DIMS = (64, 72, 128)
 HALVES = (torch.bfloat16, torch.float16)
+CPU_TOKENS = 256  # up to here the native CPU kernels are preferred: a head's scores fit into the cache
+CPU_IS_FAST = cpu_isa() in ("avx2", "avx512")
 IMPLS = (None, "native", "sdpa", "ref")
 
 
@@ -53,7 +56,8 @@ def attention(qkv: torch.Tensor, *, key_lengths: torch.Tensor | None = None, num
         problem = why_not_native(qkv)
         if problem:
             raise ValueError(f"impl='native': {problem}")
-        weights = [None if weight is None else weight.float().contiguous() for weight in (q_weight, k_weight)]
+        state = qkv.dtype if qkv.dtype == torch.float64 else torch.float32
+        weights = [None if weight is None else weight.to(state).contiguous() for weight in (q_weight, k_weight)]
         return torch.ops.proxt2i.attention_forward(qkv.contiguous(), key_lengths, *weights, num_queries, qkv.shape[-1] ** -0.5, norm_eps)[0]
     return (attention_ref if impl == "ref" else _sdpa)(qkv, key_lengths, num_queries, q_weight, k_weight, norm_eps)
 
@@ -91,17 +95,23 @@ def _attended(qkv, key_lengths):
 
 def why_not_native(qkv: torch.Tensor) -> str | None:
     """What keeps the native kernels from this input, or None."""
-    if qkv.device.type != "cuda" or not native_available("cuda"):
-        return "the native kernels are for CUDA, in an extension built with nvcc"
+    if not native_available(qkv.device.type):
+        return f"the native kernels are not built for {qkv.device.type}"
+    if qkv.device.type == "cpu":
+        fits = qkv.dtype in (torch.float32, torch.float64) and qkv.shape[-1] % 16 == 0 and qkv.shape[-1] > 0
+        return None if fits else f"on a CPU the native kernels take float32 or float64 and heads of a multiple of 16, not {qkv.dtype} and {qkv.shape[-1]}"
     if qkv.dtype not in HALVES or qkv.shape[-1] not in HEAD_DIMS:
         return f"the native kernels take bfloat16 or float16 and heads of {HEAD_DIMS}, not {qkv.dtype} and {qkv.shape[-1]}"
     return None
 
 
 def preferred(qkv: torch.Tensor) -> str:
-    """"native" where the table says that it was faster on this kind of GPU at the nearest measured number of tokens, else "sdpa"."""
-    if qkv.device.type != "cuda" or why_not_native(qkv):
+    """"native" on a CPU up to CPU_TOKENS float32 tokens, and where the table says that it was faster on this kind of GPU at the nearest measured
+    number of tokens, else "sdpa"."""
+    if why_not_native(qkv):
         return "sdpa"
+    if qkv.device.type == "cpu":
+        return "native" if CPU_IS_FAST and qkv.dtype == torch.float32 and qkv.shape[1] <= CPU_TOKENS else "sdpa"
     rows = _table().get(torch.cuda.get_device_name(qkv.device), {}).get(str(qkv.shape[-1]), {})
     if not rows:
         return "sdpa"
@@ -119,11 +129,13 @@ if native_available():
     @torch.library.register_fake("proxt2i::attention_forward")
     def _(qkv, key_lengths, q_weight, k_weight, num_queries, scale, norm_eps):
         batch, _, _, heads, dim = qkv.shape
-        return qkv.new_empty((batch, num_queries, heads, dim)), qkv.new_empty((batch, heads, num_queries), dtype=torch.float32)
+        state = torch.float64 if qkv.dtype == torch.float64 else torch.float32
+        return qkv.new_empty((batch, num_queries, heads, dim)), qkv.new_empty((batch, heads, num_queries), dtype=state)
 
     @torch.library.register_fake("proxt2i::attention_backward")
     def _(grad_out, qkv, out, lse, key_lengths, q_weight, k_weight, scale, norm_eps):
-        rows = [0 if q_weight is None or out.shape[1] == 0 else 4 * qkv.shape[0] * qkv.shape[3] * -(-n // 64) for n in (out.shape[1], qkv.shape[1])]
+        blocks = [1, 1] if qkv.device.type == "cpu" else [0 if out.shape[1] == 0 else 4 * -(-n // 64) for n in (out.shape[1], qkv.shape[1])]
+        rows = [0 if q_weight is None else qkv.shape[0] * qkv.shape[3] * n for n in blocks]
         return torch.empty_like(qkv), *(lse.new_empty((n, qkv.shape[-1])) for n in rows)
 
     def _setup(ctx, inputs, output):

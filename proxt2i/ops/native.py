@@ -23,6 +23,11 @@ def native_available(device: str = "cpu") -> bool:
     return _C is not None and (device == "cpu" or (device == "cuda" and _C.build_info()["cuda"]))
 
 
+def cpu_isa() -> str | None:
+    """The instruction set that the CPU kernels use ("avx512", "avx2" or "baseline"), or None where they are not built."""
+    return None if _C is None else _C.build_info()["cpu_isa"]
+
+
 def use_native(impl: str | None, device: torch.device) -> bool:
     """Resolves an op's `impl`: None = native where built, else the reference with one warning; "native" or "ref" insist."""
     if impl not in IMPLS:

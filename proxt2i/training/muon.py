@@ -81,7 +81,7 @@ class Muon(torch.optim.AdamW):
             state["momentum_buffer"] = torch.zeros_like(weights)
         momentum, beta = state["momentum_buffer"], group["momentum"]
         momentum.lerp_(weights.grad, 1 - beta)
-        ahead = weights.grad.lerp(momentum, beta)  # Nesterov's look-ahead
+        ahead = weights.grad.lerp_(momentum, beta)  # Nesterov's look-ahead; the gradient is not needed any more
         update = self.exchanges[weights].orthogonalize(ahead.to(self.device or ahead.device)).to(weights.device)
         weights.mul_(1 - group["lr"] * group["weight_decay"]).add_(update, alpha=-group["lr"])
 
@@ -93,6 +93,9 @@ class Exchange:
         rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
         owners = assign(matrices, world)
         self.shapes = {i: m.shape for i, (m, owner) in enumerate(zip(matrices, owners)) if owner == rank}
+        self.alike: dict[torch.Size, list[int]] = {}  # equal shapes together: one batched product for all
+        for i, shape in self.shapes.items():
+            self.alike.setdefault(shape, []).append(i)
         # What travels between two ranks, in an order that both know: by matrix, then by place in it.
         sent = [[span for m, owner in zip(matrices, owners) if owner == other for span in m.spans if span.rank == rank]
                 for other in range(world)]
@@ -106,28 +109,27 @@ class Exchange:
 
         Each matrix [m, n] is scaled by sqrt(max(1, m / n)) besides, so that one learning rate suits all shapes.
         """
-        outgoing = torch.cat([flat[:0], *(flat[s.place] for s in self.sent)])
-        incoming = _exchange(outgoing, self.send_sizes, self.receive_sizes)
-        whole = {i: flat.new_empty(shape.numel()) for i, shape in self.shapes.items()}
-        for (i, s), values in zip(self.arriving, incoming.split([len(s) for _, s in self.arriving])):
-            whole[i][s.values] = values
-        self._orthogonalize(whole)
-        updates = torch.cat([flat[:0], *(whole[i][s.values] for i, s in self.arriving)])
-        returned = _exchange(updates, self.receive_sizes, self.send_sizes)
+        if len(self.send_sizes) == 1:  # nothing travels
+            incoming = [flat[s.place] for s in self.sent]
+        else:
+            outgoing = torch.cat([flat[:0], *(flat[s.place] for s in self.sent)])
+            incoming = _exchange(outgoing, self.send_sizes, self.receive_sizes).split([len(s) for _, s in self.arriving])
+        batches = {shape: flat.new_empty((len(members), *shape)) for shape, members in self.alike.items()}
+        for (i, s), values in zip(self.arriving, incoming):
+            self._matrix(batches, i)[s.values] = values
+        batches = {shape: orthogonalize(batch, scale=math.sqrt(max(1.0, shape[0] / shape[1]))) for shape, batch in batches.items()}
+        returned = [self._matrix(batches, i)[s.values] for i, s in self.arriving]
+        if len(self.send_sizes) > 1:
+            updates = torch.cat([flat[:0], *returned])
+            returned = _exchange(updates, self.receive_sizes, self.send_sizes).split(list(map(len, self.sent)))
         result = torch.zeros_like(flat)
-        for s, values in zip(self.sent, returned.split(list(map(len, self.sent)))):
+        for s, values in zip(self.sent, returned):
             result[s.place] = values
         return result
 
-    def _orthogonalize(self, whole: dict[int, Tensor]) -> None:
-        """In place. Equal shapes together: one batched product for all."""
-        alike = defaultdict(list)
-        for i, shape in self.shapes.items():
-            alike[shape].append(i)
-        for shape, members in alike.items():
-            batch = orthogonalize(torch.stack([whole[i].view(shape) for i in members])) * math.sqrt(max(1.0, shape[0] / shape[1]))
-            for i, update in zip(members, batch):
-                whole[i] = update.flatten()
+    def _matrix(self, batches: dict[torch.Size, Tensor], i: int) -> Tensor:
+        """Matrix i in its batch, flattened: a view."""
+        return batches[self.shapes[i]][self.alike[self.shapes[i]].index(i)].view(-1)
 
 
 def assign(matrices: list[Matrix], world: int) -> list[int]:
@@ -155,28 +157,28 @@ def _cost(shape: torch.Size) -> float:
 
 def _exchange(outgoing: Tensor, send_sizes: list[int], receive_sizes: list[int]) -> Tensor:
     """Each rank's parts for the others, laid end to end -> the others' parts for this one."""
-    if len(send_sizes) == 1:
-        return outgoing
     incoming = outgoing.new_empty(sum(receive_sizes))
     dist.all_to_all_single(incoming, outgoing, receive_sizes, send_sizes)
     return incoming
 
 
-def orthogonalize(x: Tensor, rounds: int = ROUNDS) -> Tensor:
-    """[K, m, n] float32 -> the same matrices with singular values in about 0.7 ... 1.2 (0 stays 0).
+def orthogonalize(x: Tensor, rounds: int = ROUNDS, scale: float = 1.0) -> Tensor:
+    """[K, m, n] float32 -> the same matrices, contiguous, with singular values in about 0.7 ... 1.2 times `scale` (0 stays 0).
 
     Newton-Schulz, X <- (a + b X X^T + c (X X^T)^2) X, on the smaller Gram matrix alone: R = X X^T and the product Q of
-    the polynomials are k x k with k = min(m, n), and X is touched twice in all instead of twice a round.
+    the polynomials are k x k with k = min(m, n), and X is touched twice in all instead of twice a round. It starts from
+    X / ||X||, a factor that R and Q take for X: ||X||^2 is the trace of R.
     """
     a, b, c = NEWTON_SCHULZ
-    if x.shape[1] > x.shape[2]:
-        return orthogonalize(x.mT, rounds).mT
-    x = x / (x.norm(dim=(1, 2), keepdim=True) + 1e-7)
-    gram, product = x @ x.mT, None
-    identity = torch.eye(x.shape[1], dtype=x.dtype, device=x.device)
+    wide = x.shape[1] <= x.shape[2]
+    gram, product = (x @ x.mT if wide else x.mT @ x), None
+    inverse = 1 / (gram.diagonal(dim1=1, dim2=2).sum(1).sqrt() + 1e-7)[:, None, None]
+    gram *= inverse * inverse
     for i in range(rounds):
-        polynomial = torch.baddbmm(gram, gram, gram, beta=b, alpha=c) + a * identity
+        polynomial = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)
+        polynomial.diagonal(dim1=1, dim2=2).add_(a)
         product = polynomial if product is None else polynomial @ product
         if i + 1 < rounds:
             gram = polynomial @ gram @ polynomial
-    return product @ x
+    product = product * (scale * inverse)
+    return product @ x if wide else x @ product

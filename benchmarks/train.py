@@ -1,0 +1,239 @@
+"""Times training: images/s of our trainer against a published one's loop, and what a second rank and torch.compile are worth.
+
+    python benchmarks/train.py [--rounds 15] [--seconds 1.5] [--parts speed ranks wait] [--out FILE.json]
+
+Portraits, the U-ViT that ships, batch 64, fp32. Every contestant is a process of its own with one thread, bound to one core; they are asked in turn,
+a second or two each, in a new order every round, so that other work on the machine hits them alike. A figure is the median over the rounds of
+the ratio within a round, with the quartiles. "cpu" ratios are of processor seconds, which other work moves less.
+
+speed   one core, one contestant at a time
+          muon, adamw   our Trainer under ZeRO-2 on one rank: data, step, stop flag, statistics, as in a run; optim.name muon (the default) or adamw
+          compiled      muon with train.compile
+          plain         benchmarks/plain_trainer.py, the loop of ProxDM; attention as two products and a softmax (as published) or, "plain-sdpa", by
+                        F.scaled_dot_product_attention
+        Alike: latents and text embeddings of all images, encoded once and held in memory, one worker-less loader; parameters, shapes and initial weights;
+        batch; precision; threads; caption dropout; gradient clipping; an average of the weights every step.
+        Different, plain against ours: eager noise and loss against one fused operation each; torch's AdamW loop over parameters, against DeepSpeed's flat
+        slices with fused AdamW and Muon; an average and its loop against one call; all tokens in the last block against the image tokens; a
+        concatenation before the long skip's product against two products; loss and gradient norm read every step against the norm alone.
+        Ours does besides: noise as a function of seed and position, preconditioning and pair weights, losses by step, spike guard, stop signals.
+ranks   one job of two ranks (one core each, 32 images each a step) against two jobs of one rank with batch 32 that run at the same time on the
+        same two cores: images/s of the job over the sum of the two
+wait    a run of configs/demo.yaml on two ranks, `--wait-images` long: the share of its time that ranks wait for data, by its stats.jsonl
+"""
+
+import argparse
+import json
+import multiprocessing
+import os
+import platform
+import random
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+os.environ.update(OMP_NUM_THREADS="1")
+sys.path.insert(0, str(Path(__file__).parent))
+
+import torch  # noqa: E402
+from plain_trainer import PlainTrainer  # noqa: E402
+from timing import write_result  # noqa: E402
+
+from proxt2i.config import load_config  # noqa: E402
+from proxt2i.training import distributed  # noqa: E402
+from proxt2i.training.distributed import StopFlag  # noqa: E402
+from proxt2i.training.engine import read_deepspeed_json  # noqa: E402
+from proxt2i.training.loop import Trainer  # noqa: E402
+from proxt2i.training.meter import Meter  # noqa: E402
+from proxt2i.training.tracking import read_rows  # noqa: E402
+
+ROOT = Path(__file__).resolve().parents[1]
+BATCH = 64
+
+
+def make_trainer(folder: Path, name: str, overrides: list[str]) -> Trainer:
+    """Ours, on this process' rank, its data found."""
+    settings = [f"data.portraits_dir={folder}/portraits", f"data.cache_dir={folder}/latents", f"train.run_dir={folder}/{name}", "data.num_images=4096",
+                "train.threads=1", f"train.batch_size={BATCH}", "train.tensorboard=false", "sample.every=0", *overrides]
+    trainer = Trainer(load_config(ROOT / "configs" / "portraits.yaml", settings), read_deepspeed_json(ROOT / "configs" / "zero2.json"), None,
+                      distributed.start(1))
+    trainer.feed.open(0, lambda message: None)
+    return trainer
+
+
+def ours(folder: Path, name: str, *overrides: str):
+    """A function that makes one step as Trainer._loop does; nothing is sampled or saved."""
+    trainer = make_trainer(folder, name, list(overrides))
+    trainer.meter = Meter(trainer.objective.pairs.bucket_names, trainer.uvit.config, trainer.ranks)
+    stop = StopFlag(trainer.ranks)
+
+    def step():
+        trainer.step()
+        stop.reduced()
+        if trainer._crossed(trainer.config.train.log_every):
+            trainer._log()
+
+    return step
+
+
+def plain(folder: Path, name: str, fused: bool):
+    """A function that makes one step of the plain loop, on the same latents and embeddings."""
+    trainer = make_trainer(folder, name, [])
+    cache = trainer.feed._loader.cache
+    return PlainTrainer(trainer.uvit, cache.latents, cache.text, trainer.feed.null_text, BATCH, fused).step
+
+
+def serve(pipe, core: int, environment: dict, log: Path, make, arguments) -> None:
+    """A contestant: answers a number of steps by its (seconds, processor seconds), None by its end."""
+    os.sched_setaffinity(0, {core})
+    os.environ.update(environment)
+    descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    os.dup2(descriptor, 1)
+    os.dup2(descriptor, 2)
+    torch.set_num_threads(1)
+    step = make(*arguments)
+    for _ in range(5):
+        step()
+    pipe.send("ready")
+    while (steps := pipe.recv()) is not None:
+        start, used = time.perf_counter(), time.process_time()
+        for _ in range(steps):
+            step()
+        pipe.send((time.perf_counter() - start, time.process_time() - used))
+    if os.environ.get("RANK"):
+        distributed.stop()
+
+
+class Contestant:
+    """Processes that are asked together: ranks of one job, or jobs that run at the same time. `arguments`: of each."""
+
+    def __init__(self, folder: Path, name: str, make, arguments: list[tuple], cores: list[int], one_job: bool = False):
+        context, port = multiprocessing.get_context("spawn"), distributed._free_port()
+        self.name, self.log, self.pipes, self.processes = name, folder / f"{name}.log", [], []
+        for rank, (core, its) in enumerate(zip(cores, arguments)):
+            near, far = context.Pipe()
+            job = dict(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(len(cores)), LOCAL_WORLD_SIZE=str(len(cores)),
+                       MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port)) if one_job else {}
+            process = context.Process(target=serve, args=(far, core, job, self.log, make, (folder, *its)))
+            process.start()
+            far.close()
+            self.pipes.append(near)
+            self.processes.append(process)
+
+    def wait(self):
+        try:
+            for pipe in self.pipes:
+                pipe.recv()
+        except EOFError:
+            raise SystemExit(f"{self.name} failed:\n{self.log.read_text()[-3000:]}") from None
+        return self
+
+    def run(self, steps: int) -> list[tuple[float, float]]:
+        """(seconds, processor seconds) of `steps` steps, of each process."""
+        for pipe in self.pipes:
+            pipe.send(steps)
+        return [pipe.recv() for pipe in self.pipes]
+
+    def close(self) -> None:
+        for pipe in self.pipes:
+            pipe.send(None)
+        for process in self.processes:
+            process.join()
+
+
+def take_turns(contestants: list[Contestant], rounds: int, seconds: float) -> list[dict[str, list[tuple[float, float]]]]:
+    """Of each round, the seconds and processor seconds that a step took each process of each contestant."""
+    steps = {c.name: max(1, round(seconds / (c.run(3)[0][0] / 3))) for c in contestants}
+    order, results = random.Random(0), []
+    for _ in range(rounds):
+        order.shuffle(contestants)
+        results.append({c.name: [(wall / steps[c.name], cpu / steps[c.name]) for wall, cpu in c.run(steps[c.name])] for c in contestants})
+    return results
+
+
+def spread(values) -> dict[str, float]:
+    low, median, high = statistics.quantiles(values, n=4)
+    return {"median": median, "quartiles": [low, high]}
+
+
+def measure_speed(folder: Path, args) -> dict:
+    makers = {"muon": (ours, ()), "adamw": (ours, ("optim.name=adamw", "optim.lr=2e-3")), "compiled": (ours, ("train.compile=true",)),
+              "plain": (plain, (False,)), "plain-sdpa": (plain, (True,))}
+    contestants = []
+    for name in args.contestants:  # the first encodes the data, compilation disturbs nobody
+        make, its = makers[name]
+        contestants.append(Contestant(folder, name, make, [(name, *its)], [0]).wait())
+    rounds = take_turns(contestants, args.rounds, args.seconds)
+    for contestant in contestants:
+        contestant.close()
+
+    def ratios(slow, fast, clock):
+        return spread([r[slow][0][clock] / r[fast][0][clock] for r in rounds])
+
+    pairs = [(slow, fast) for slow, fast in [("plain", "muon"), ("plain", "adamw"), ("plain-sdpa", "muon"), ("plain-sdpa", "adamw"), ("muon", "compiled")]
+             if slow in args.contestants and fast in args.contestants]
+    return {"images_per_s": {name: spread([BATCH / r[name][0][0] for r in rounds]) for name in args.contestants},
+            "ratio": {f"{fast} / {slow}": ratios(slow, fast, 0) for slow, fast in pairs},
+            "cpu_ratio": {f"{fast} / {slow}": ratios(slow, fast, 1) for slow, fast in pairs}}
+
+
+def measure_ranks(folder: Path, args) -> dict:
+    half = f"train.batch_size={BATCH // 2}"
+    alone = Contestant(folder, "alone", ours, [("alone-0", half)], [0])  # one after the other: the first encodes the data
+    alone.wait()
+    other = Contestant(folder, "alone", ours, [("alone-1", half)], [1]).wait()
+    alone.pipes, alone.processes = alone.pipes + other.pipes, alone.processes + other.processes
+    job = Contestant(folder, "job", ours, [("job",), ("job",)], [0, 1], one_job=True).wait()
+    rounds = take_turns([alone, job], args.rounds, args.seconds)
+    alone.close()
+    job.close()
+    together = [BATCH / max(wall for wall, _ in r["job"]) for r in rounds]
+    apart = [sum(BATCH / 2 / wall for wall, _ in r["alone"]) for r in rounds]
+    return {"images_per_s": {"job": spread(together), "sum of two": spread(apart)}, "efficiency": spread([j / a for j, a in zip(together, apart)])}
+
+
+def measure_wait(folder: Path, args) -> dict:
+    run_dir = folder / "demo"
+    command = ["deepspeed", "--num_gpus", "2", "--master_port", str(distributed._free_port()), "proxt2i/train.py", "--deepspeed", "configs/zero2.json",
+               "--config", "configs/demo.yaml", f"data.portraits_dir={folder}/portraits", f"data.cache_dir={folder}/latents",
+               f"train.run_dir={run_dir}", f"train.images={args.wait_images}", "optim.warmup_images=640"]
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    done = subprocess.run(command, cwd=ROOT, env=os.environ | {"PATH": path}, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    if done.returncode:
+        raise SystemExit(f"{' '.join(command)} failed:\n{done.stdout[-3000:]}")
+    rows = read_rows(run_dir / "stats.jsonl")
+    return {"images": args.wait_images, "rows": len(rows), "data_wait": statistics.mean(row["data_wait"] for row in rows),
+            "largest": max(row["data_wait"] for row in rows), "images_per_s": statistics.median(row["images_per_s"] for row in rows)}
+
+
+def machine() -> dict:
+    from proxt2i import _C
+
+    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
+    facts = {key: next((line.split(":")[1].strip() for line in lines if line.startswith(key)), "") for key in ("model name", "cpu MHz")}
+    return {"processor": facts["model name"] or platform.processor(), "mhz": facts["cpu MHz"], "cores": os.cpu_count(), "torch": torch.__version__,
+            "build": _C.build_info()}
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--seconds", type=float, default=1.5, help="of a contestant's turn")
+    parser.add_argument("--parts", nargs="+", choices=["speed", "ranks", "wait"], default=["speed", "ranks", "wait"])
+    parser.add_argument("--contestants", nargs="+", default=["muon", "adamw", "compiled", "plain", "plain-sdpa"], help="of part speed")
+    parser.add_argument("--wait-images", type=int, default=12_800, help="length of part wait's run")
+    parser.add_argument("--out", type=Path, help="write the result as JSON")
+    args = parser.parse_args()
+    result = {"command": f"python benchmarks/train.py {' '.join(sys.argv[1:])}".strip(), "machine": machine(), "rounds": args.rounds}
+    with tempfile.TemporaryDirectory() as folder:
+        for part in args.parts:
+            result[part] = {"speed": measure_speed, "ranks": measure_ranks, "wait": measure_wait}[part](Path(folder), args)
+            print(part, json.dumps(result[part], indent=2), flush=True)
+            write_result(args.out, result)
+
+
+if __name__ == "__main__":
+    main()

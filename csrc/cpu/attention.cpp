@@ -1,0 +1,339 @@
+// Attention on packed qkv for short sequences on a CPU, as csrc/cuda/attention_*.cu: all of a head's scores lie in the cache at once, and
+// queries, keys and values are read where the projection left them. One head of one image is one piece of work; its sums are in an order
+// that depends on the shape alone, so that results are the same bits on any number of threads and with any instruction set.
+#include <cmath>
+#include <limits>
+#include <type_traits>
+#include <vector>
+
+#include "../common/tensors.h"
+#include "chunks.h"
+
+namespace proxt2i {
+namespace {
+
+constexpr int64_t lanes = 16;  // rows of the workspace are padded to it, and it divides the width of a head
+
+constexpr int64_t padded(int64_t n) { return (n + lanes - 1) / lanes * lanes; }
+
+// At least `size` elements that belong to this thread until its next call.
+template <typename T>
+T* workspace(int64_t size) {
+  static thread_local std::vector<T> memory;
+  if (memory.size() < static_cast<size_t>(size)) memory.resize(static_cast<size_t>(size));
+  return memory.data();
+}
+
+// exp(x) for x <= 0 (and a little above): 2^n times the polynomial of Cephes' expf.
+PROXT2I_INLINE float exponential(float x) {
+  x = x < -87.0f ? -87.0f : x;
+  const float shifted = fma(x, 1.44269504f, 12582912.0f), n = shifted - 12582912.0f;
+  const float r = fma(n, 2.12194440e-4f, fma(n, -0.693359375f, x));
+  float p = fma(1.9875691500e-4f, r, 1.3981999507e-3f);
+  p = fma(p, r, 8.3334519073e-3f);
+  p = fma(p, r, 4.1665795894e-2f);
+  p = fma(p, r, 1.6666665459e-1f);
+  p = fma(p, r, 5.0000001201e-1f);
+  return fma(p, r * r, r + 1.0f) * float_from_bits((float_bits(shifted) << 23) + 0x3f800000u);
+}
+PROXT2I_INLINE double exponential(double x) { return std::exp(x); }
+
+// c [R, W] = a [R, depth] b [depth, W]; a's elements lie row_stride and depth_stride apart, rows of b and c b_stride and c_stride.
+template <int R, int W, typename T>
+PROXT2I_INLINE void product_tile(const T* a, int64_t row_stride, int64_t depth_stride, const T* b, int64_t b_stride, int64_t depth, T* c,
+                                 int64_t c_stride) {
+  T sums[R][W] = {};
+  for (int64_t k = 0; k < depth; ++k) {
+#pragma GCC unroll 8
+    for (int r = 0; r < R; ++r) {
+      const T factor = a[r * row_stride + k * depth_stride];
+#pragma omp simd
+      for (int w = 0; w < W; ++w) sums[r][w] = fma(factor, b[k * b_stride + w], sums[r][w]);
+    }
+  }
+  for (int r = 0; r < R; ++r) {
+#pragma omp simd
+    for (int w = 0; w < W; ++w) c[r * c_stride + w] = sums[r][w];
+  }
+}
+
+template <int R, typename T>
+PROXT2I_INLINE void product_rows(const T* a, int64_t row_stride, int64_t depth_stride, const T* b, int64_t b_stride, int64_t columns,
+                                 int64_t depth, T* c, int64_t c_stride) {
+  int64_t w = 0;
+  for (; w + 2 * lanes <= columns; w += 2 * lanes) {
+    product_tile<R, 2 * lanes>(a, row_stride, depth_stride, b + w, b_stride, depth, c + w, c_stride);
+  }
+  if (w < columns) product_tile<R, lanes>(a, row_stride, depth_stride, b + w, b_stride, depth, c + w, c_stride);
+}
+
+// c [rows, columns] = a [rows, depth] b [depth, columns], columns a multiple of `lanes`.
+template <typename T>
+PROXT2I_INLINE void product(const T* a, int64_t row_stride, int64_t depth_stride, const T* b, int64_t b_stride, int64_t rows,
+                            int64_t columns, int64_t depth, T* c, int64_t c_stride) {
+  constexpr int many = std::is_same_v<T, float> ? 6 : 3;
+  int64_t r = 0;
+  for (; r + many <= rows; r += many) {
+    product_rows<many>(a + r * row_stride, row_stride, depth_stride, b, b_stride, columns, depth, c + r * c_stride, c_stride);
+  }
+  for (; r < rows; ++r) product_rows<1>(a + r * row_stride, row_stride, depth_stride, b, b_stride, columns, depth, c + r * c_stride, c_stride);
+}
+
+// The sum of term(0) ... term(count - 1), count a multiple of `lanes`.
+template <typename T, typename Term>
+PROXT2I_INLINE T sum_of(int64_t count, const Term& term) {
+  T sums[lanes] = {};
+  for (int64_t i = 0; i < count; i += lanes) {
+#pragma omp simd
+    for (int64_t lane = 0; lane < lanes; ++lane) sums[lane] += term(i + lane);
+  }
+  return sum_by_halving<lanes>(sums);
+}
+
+template <typename T>
+struct AttentionArgs {
+  const T* qkv;                         // [B, N, 3, H, D]
+  const int64_t* key_lengths;           // [B] or null
+  const T *q_weight, *k_weight;         // [D] or null
+  int64_t batch, tokens, heads, dim, queries;
+  T scale, norm_eps;
+  T *out, *lse;                         // [B, M, H, D], [B, H, M]
+  const T* grad_out;                    // backward alone, from here on
+  T *grad_qkv, *grad_q_weight, *grad_k_weight;  // the last two [B H, D]
+};
+
+// What forward and backward share. A "chunk" is a head of an image (see chunks.h).
+template <typename T>
+struct Head : AttentionArgs<T> {
+  int64_t num_images, per_image = 1;
+
+  explicit Head(const AttentionArgs<T>& args) : AttentionArgs<T>(args), num_images(args.batch * args.heads) {}
+
+  int64_t width() const { return padded(this->tokens); }
+  int64_t token_stride() const { return 3 * this->heads * this->dim; }
+  int64_t out_stride() const { return this->heads * this->dim; }
+  // Token 0 of query, key or value (part 0, 1, 2) of this head.
+  int64_t at(int64_t head, int64_t part) const {
+    return ((head / this->heads * this->tokens * 3 + part) * this->heads + head % this->heads) * this->dim;
+  }
+  int64_t out_at(int64_t head) const { return (head / this->heads * this->queries * this->heads + head % this->heads) * this->dim; }
+  int64_t keys(int64_t head) const {
+    if (this->key_lengths == nullptr) return this->tokens;
+    return std::clamp<int64_t>(this->key_lengths[head / this->heads], 0, this->tokens);
+  }
+
+  // rows [count, dim] = factor * weight * x / rms(x), x the tokens from `first` on.
+  PROXT2I_INLINE void normalized(int64_t head, int64_t part, int64_t first, int64_t count, const T* weight, T factor, T* rows) const {
+    const T* x = this->qkv + at(head, part) + first * token_stride();
+    for (int64_t i = 0; i < count; ++i, x += token_stride(), rows += this->dim) {
+      if (weight == nullptr) {
+#pragma omp simd
+        for (int64_t d = 0; d < this->dim; ++d) rows[d] = factor * x[d];
+      } else {
+        const T f = factor * inverse_rms(x);
+#pragma omp simd
+        for (int64_t d = 0; d < this->dim; ++d) rows[d] = f * x[d] * weight[d];
+      }
+    }
+  }
+
+  PROXT2I_INLINE T inverse_rms(const T* x) const {
+    return 1 / std::sqrt(sum_of<T>(this->dim, [&](int64_t d) { return x[d] * x[d]; }) / static_cast<T>(this->dim) + this->norm_eps);
+  }
+
+  // columns [dim, width()] = rows [count, dim], transposed, and 0 beyond `count`.
+  PROXT2I_INLINE void transpose(const T* rows, int64_t stride, int64_t count, T* columns) const {
+    for (int64_t d = 0; d < this->dim; ++d) {
+      for (int64_t j = 0; j < count; ++j) columns[d * width() + j] = rows[j * stride + d];
+      for (int64_t j = count; j < width(); ++j) columns[d * width() + j] = 0;
+    }
+  }
+};
+
+template <typename T>
+struct Forward : Head<T> {
+  using Head<T>::Head;
+
+  template <Isa isa>
+  PROXT2I_INLINE void chunk(int64_t head, int64_t, int64_t) const {
+    const int64_t M = this->queries, N = this->tokens, D = this->dim, width = this->width(), keys = this->keys(head);
+    T* q = workspace<T>((M + N + width) * D + M * width);
+    T *k = q + M * D, *k_columns = k + N * D, *scores = k_columns + width * D;
+    this->normalized(head, 0, N - M, M, this->q_weight, this->scale, q);
+    this->normalized(head, 1, 0, N, this->k_weight, T{1}, k);
+    this->transpose(k, D, N, k_columns);
+    product(q, D, 1, k_columns, width, M, width, D, scores, width);
+    for (int64_t i = 0; i < M; ++i) this->lse[head * M + i] = softmax(scores + i * width, keys, width);
+    product(scores, width, 1, this->qkv + this->at(head, 2), this->token_stride(), M, D, keys, this->out + this->out_at(head), this->out_stride());
+  }
+
+  // In place, over the first `keys` entries; returns log(sum(exp)).
+  PROXT2I_INLINE T softmax(T* row, int64_t keys, int64_t width) const {
+    T largest = -std::numeric_limits<T>::infinity();
+#pragma omp simd reduction(max : largest)
+    for (int64_t j = 0; j < keys; ++j) largest = row[j] > largest ? row[j] : largest;
+#pragma omp simd
+    for (int64_t j = 0; j < width; ++j) row[j] = j < keys ? exponential(row[j] - largest) : T{0};
+    const T sum = sum_of<T>(width, [&](int64_t j) { return row[j]; }), inverse = keys > 0 ? 1 / sum : T{0};
+#pragma omp simd
+    for (int64_t j = 0; j < width; ++j) row[j] *= inverse;
+    return largest + std::log(sum);
+  }
+};
+
+template <typename T>
+struct Backward : Head<T> {
+  using Head<T>::Head;
+
+  template <Isa isa>
+  PROXT2I_INLINE void chunk(int64_t head, int64_t, int64_t) const {
+    const int64_t M = this->queries, N = this->tokens, D = this->dim, width = this->width(), keys = this->keys(head);
+    const int64_t stride = this->token_stride(), out_stride = this->out_stride();
+    T* q = workspace<T>((2 * M + 2 * N + 2 * width) * D + 2 * M * width);
+    T *k = q + M * D, *k_columns = k + N * D, *v_columns = k_columns + width * D, *grad_q = v_columns + width * D, *grad_k = grad_q + M * D;
+    T *p = grad_k + N * D, *grad_scores = p + M * width;
+    const T *grad_out = this->grad_out + this->out_at(head), *out = this->out + this->out_at(head);
+    this->normalized(head, 0, N - M, M, this->q_weight, this->scale, q);
+    this->normalized(head, 1, 0, N, this->k_weight, T{1}, k);
+    this->transpose(k, D, N, k_columns);
+    this->transpose(this->qkv + this->at(head, 2), stride, N, v_columns);
+    product(q, D, 1, k_columns, width, M, width, D, p, width);
+    product(grad_out, out_stride, 1, v_columns, width, M, width, D, grad_scores, width);
+    for (int64_t i = 0; i < M; ++i) {
+      const T *g = grad_out + i * out_stride, *o = out + i * out_stride, lse = this->lse[head * M + i];
+      const T delta = sum_of<T>(D, [&](int64_t d) { return g[d] * o[d]; });
+      T *p_row = p + i * width, *grad_row = grad_scores + i * width;
+#pragma omp simd
+      for (int64_t j = 0; j < width; ++j) {
+        p_row[j] = j < keys ? exponential(p_row[j] - lse) : T{0};
+        grad_row[j] = j < keys ? p_row[j] * (grad_row[j] - delta) : T{0};
+      }
+    }
+    product(p, 1, width, grad_out, out_stride, N, D, M, this->grad_qkv + this->at(head, 2), stride);
+    product(grad_scores, width, 1, k, D, M, D, keys, grad_q, D);
+    product(grad_scores, 1, width, q, D, N, D, M, grad_k, D);
+    for (int64_t i = 0; i < N - M; ++i) {  // tokens that do not ask
+      T* grad = this->grad_qkv + this->at(head, 0) + i * stride;
+      for (int64_t d = 0; d < D; ++d) grad[d] = 0;
+    }
+    unnormalized(head, 0, N - M, M, this->q_weight, this->scale, grad_q, this->grad_q_weight);
+    unnormalized(head, 1, 0, N, this->k_weight, T{1}, grad_k, this->grad_k_weight);
+  }
+
+  // The gradient of Head::normalized: from that of its rows to those of qkv and of the weight.
+  PROXT2I_INLINE void unnormalized(int64_t head, int64_t part, int64_t first, int64_t count, const T* weight, T factor, const T* grads,
+                                   T* grad_weights) const {
+    const int64_t D = this->dim, start = this->at(head, part) + first * this->token_stride();
+    T* of_weight = grad_weights + head * D;
+    for (int64_t d = 0; weight != nullptr && d < D; ++d) of_weight[d] = 0;
+    for (int64_t i = 0; i < count; ++i, grads += D) {
+      const T* x = this->qkv + start + i * this->token_stride();
+      T* grad = this->grad_qkv + start + i * this->token_stride();
+      if (weight == nullptr) {
+#pragma omp simd
+        for (int64_t d = 0; d < D; ++d) grad[d] = factor * grads[d];
+        continue;
+      }
+      const T inverse = this->inverse_rms(x), f = factor * inverse;
+      const T dot = sum_of<T>(D, [&](int64_t d) { return grads[d] * weight[d] * x[d]; });
+      const T pull = f * inverse * inverse * dot / static_cast<T>(D);
+#pragma omp simd
+      for (int64_t d = 0; d < D; ++d) {
+        grad[d] = f * grads[d] * weight[d] - pull * x[d];
+        of_weight[d] += f * grads[d] * x[d];
+      }
+    }
+  }
+};
+
+using Optional = const std::optional<Tensor>&;
+
+void check_attention(const Tensor& qkv, Optional key_lengths, Optional q_weight, Optional k_weight, int64_t num_queries) {
+  const auto dtype = qkv.scalar_type();
+  STD_TORCH_CHECK(dtype == ScalarType::Float || dtype == ScalarType::Double, "proxt2i: attention on a CPU takes float32 or float64");
+  STD_TORCH_CHECK(qkv.dim() == 5 && qkv.size(2) == 3 && qkv.size(4) > 0 && qkv.size(4) % lanes == 0,
+                  "proxt2i: qkv must have shape [B, N, 3, H, D], D a multiple of 16");
+  STD_TORCH_CHECK(0 <= num_queries && num_queries <= qkv.size(1), "proxt2i: num_queries must lie in 0 ... N");
+  if (key_lengths.has_value()) check_per_image(*key_lengths, qkv, ScalarType::Long, "key_lengths");
+  STD_TORCH_CHECK(q_weight.has_value() == k_weight.has_value(), "proxt2i: q_weight and k_weight must both be given, or neither");
+  for (const auto* weight : {&q_weight, &k_weight}) {
+    STD_TORCH_CHECK(!weight->has_value() || ((*weight)->dim() == 1 && (*weight)->size(0) == qkv.size(4) && (*weight)->scalar_type() == dtype),
+                    "proxt2i: q_weight and k_weight must have shape [D] and qkv's dtype");
+  }
+}
+
+template <typename T>
+AttentionArgs<T> attention_args(Inputs& inputs, const Tensor& qkv, Optional key_lengths, Optional q_weight, Optional k_weight, const Tensor& out,
+                                const Tensor& lse, double scale, double norm_eps) {
+  AttentionArgs<T> args{};
+  args.qkv = inputs.data<T>(qkv);
+  args.key_lengths = inputs.data<int64_t>(key_lengths);
+  args.q_weight = inputs.data<T>(q_weight);
+  args.k_weight = inputs.data<T>(k_weight);
+  args.batch = qkv.size(0);
+  args.tokens = qkv.size(1);
+  args.heads = qkv.size(3);
+  args.dim = qkv.size(4);
+  args.queries = out.size(1);
+  args.scale = static_cast<T>(scale);
+  args.norm_eps = static_cast<T>(norm_eps);
+  args.out = output<T>(out);
+  args.lse = output<T>(lse);
+  return args;
+}
+
+template <typename Run>
+void with_type(const Tensor& qkv, const Run& run) {
+  if (qkv.scalar_type() == ScalarType::Double) return run(double{});
+  run(float{});
+}
+
+std::tuple<Tensor, Tensor> attention_forward_cpu(const Tensor& qkv, Optional key_lengths, Optional q_weight, Optional k_weight,
+                                                 int64_t num_queries, double scale, double norm_eps) {
+  check_attention(qkv, key_lengths, q_weight, k_weight, num_queries);
+  const int64_t out_shape[] = {qkv.size(0), num_queries, qkv.size(3), qkv.size(4)};
+  const int64_t lse_shape[] = {qkv.size(0), qkv.size(3), num_queries};
+  const Tensor out = torch::stable::new_empty(qkv, {out_shape, 4}), lse = torch::stable::new_empty(qkv, {lse_shape, 3});
+  if (out.numel() == 0) return {out, lse};
+  with_type(qkv, [&](auto zero) {
+    using T = decltype(zero);
+    Inputs inputs;
+    run_parallel(Forward<T>{attention_args<T>(inputs, qkv, key_lengths, q_weight, k_weight, out, lse, scale, norm_eps)});
+  });
+  return {out, lse};
+}
+
+std::tuple<Tensor, Tensor, Tensor> attention_backward_cpu(const Tensor& grad_out, const Tensor& qkv, const Tensor& out, const Tensor& lse,
+                                                          Optional key_lengths, Optional q_weight, Optional k_weight, double scale,
+                                                          double norm_eps) {
+  check_attention(qkv, key_lengths, q_weight, k_weight, out.size(1));
+  check_like(grad_out, out, qkv.scalar_type(), "grad_out");
+  STD_TORCH_CHECK(out.scalar_type() == qkv.scalar_type() && lse.scalar_type() == qkv.scalar_type() && out.is_contiguous() && lse.is_contiguous(),
+                  "proxt2i: out and lse must be as attention_forward made them");
+  const int64_t weight_shape[] = {q_weight.has_value() ? qkv.size(0) * qkv.size(3) : 0, qkv.size(4)};
+  Tensor grad_qkv = torch::stable::new_empty(qkv, qkv.sizes());
+  Tensor grad_q_weight = torch::stable::new_empty(qkv, {weight_shape, 2}), grad_k_weight = torch::stable::new_empty(qkv, {weight_shape, 2});
+  if (out.numel() == 0) {
+    for (Tensor* grad : {&grad_qkv, &grad_q_weight, &grad_k_weight}) torch::stable::zero_(*grad);
+    return {grad_qkv, grad_q_weight, grad_k_weight};
+  }
+  with_type(qkv, [&](auto zero) {
+    using T = decltype(zero);
+    Inputs inputs;
+    auto args = attention_args<T>(inputs, qkv, key_lengths, q_weight, k_weight, out, lse, scale, norm_eps);
+    args.grad_out = inputs.data<T>(grad_out);
+    args.grad_qkv = output<T>(grad_qkv);
+    args.grad_q_weight = output<T>(grad_q_weight);
+    args.grad_k_weight = output<T>(grad_k_weight);
+    run_parallel(Backward<T>{args});
+  });
+  return {grad_qkv, grad_q_weight, grad_k_weight};
+}
+
+}  // namespace
+}  // namespace proxt2i
+
+STABLE_TORCH_LIBRARY_IMPL(proxt2i, CPU, m) {
+  m.impl("attention_forward", TORCH_BOX(&proxt2i::attention_forward_cpu));
+  m.impl("attention_backward", TORCH_BOX(&proxt2i::attention_backward_cpu));
+}
