@@ -105,6 +105,33 @@ class CheckpointStore:
         return None if found is None else Checkpoint(found, read_state(found))
 
 
+    def choose(self, resume: str | None, config: dict, say: Callable[[str], None]) -> Checkpoint | None:
+        """Collective. Where a run begins: at nothing (None), or at the checkpoint that `resume` asks for ("auto" or a path; see `find`).
+
+        config: the run's settings, to say which have changed. ValueError when the run folder holds checkpoints and `resume` is None.
+        """
+        if resume is None:
+            if first_rank_does(self.ranks, self.exist):
+                raise ValueError(f"{self.folder} already holds checkpoints: add --resume to continue that run, "
+                                 "or choose another train.run_dir")
+            return None
+        checkpoint = self.find(resume, say)
+        if checkpoint is None:
+            say(f"--resume: no checkpoint in {self.folder}; starting from the beginning")
+        else:
+            say(f"resuming from {checkpoint.folder} ({checkpoint.images_seen:,} images)")
+            for change in _changed_settings(checkpoint.state["config"], config):
+                say(f"  changed since that checkpoint: {change}")
+        return checkpoint
+
+
+def _changed_settings(old: dict, new: dict) -> list[str]:
+    """"section.key: old -> new" for every setting that differs, except the run folder's place."""
+    return [f"{section}.{key}: {old.get(section, {}).get(key)} -> {value}"
+            for section, values in new.items() for key, value in values.items()
+            if old.get(section, {}).get(key) != value and key != "run_dir"]
+
+
 def finished(folder: Path) -> list[str]:
     """Names of the finished checkpoints in a run's checkpoints folder, newest first."""
     if not folder.is_dir():
