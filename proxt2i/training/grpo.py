@@ -22,6 +22,7 @@ from proxt2i.diffusion.policy import Policy, compare
 from proxt2i.diffusion.score import SCORE_SAMPLERS
 from proxt2i.embedded import SHIPPED_MODEL
 from proxt2i.grpo_config import GrpoConfig, images_per_update, micro_batch_of
+from proxt2i.models.text import cut_captions, text_sizes
 from proxt2i.models.bundle import Bundle, Settings, check_fit, find_components, load_components, load_settings, load_uvit
 from proxt2i.training import distributed, engine as engines
 from proxt2i.training.advantage import surrogate
@@ -53,7 +54,7 @@ class GrpoTrainer:
         self.run_dir = Path(train.run_dir)
         self.initial = Path(config.model.init_from or SHIPPED_MODEL)
         self.components = Path(config.model.components or find_components(self.initial))
-        self.prompts = read_prompts(config)
+        self.prompts = read_prompts(config, self.components)
         initial_settings = load_settings(self.initial)
         self.policy = policy_of(config, initial_settings)
         self.settings = exported_settings(config, initial_settings)
@@ -72,7 +73,6 @@ class GrpoTrainer:
         self.text, self.codec = load_components(self.components, ranks.device, torch.bfloat16 if self.bf16 else torch.float32)
         self.uvit = load_uvit(self.initial / "uvit", ranks.device)
         check_fit(self.uvit, self.text, self.codec, self.components)
-        check_prompts(self.prompts, self.text)
         self.reference = engines.Autocast(load_uvit(self.initial / "uvit", ranks.device).requires_grad_(False).eval(), self.bf16) if config.policy.kl else None
         saved = SavedState(checkpoint.folder) if checkpoint else None
         if saved:
@@ -248,17 +248,15 @@ class GrpoTrainer:
             print(message, flush=True)
 
 
-def read_prompts(config: GrpoConfig) -> Prompts:
+def read_prompts(config: GrpoConfig, components: Path) -> Prompts:
+    """The run's prompts. ValueError for prompts that the text encoder would cut: images would be rewarded for words that the network never sees."""
     how = config.prompts
-    return load_prompts(how.source, how.num, how.seed, how.complete)
-
-
-def check_prompts(prompts: Prompts, text) -> None:
-    """ValueError for prompts that the text encoder would cut: images would be rewarded for words that the network never sees."""
-    cut = [prompt for prompt, is_cut in zip(prompts.texts, text.truncated(prompts.texts)) if is_cut]
+    prompts = load_prompts(how.source, how.num, how.seed, how.complete)
+    cut = [text for text, is_cut in zip(prompts.texts, cut_captions(components, prompts.texts)) if is_cut]
     if cut:
-        raise ValueError(f"prompts.source: {len(cut)} of {len(prompts)} prompts are longer than the text encoder's {max(text.lengths)} tokens and would be "
-                         f"cut, the first: {cut[0]!r}; shorten them")
+        raise ValueError(f"prompts.source: {len(cut)} of {len(prompts)} prompts are longer than the text encoder's {max(text_sizes(components)[1])} tokens and "
+                         f"would be cut, the first: {cut[0]!r}; shorten them")
+    return prompts
 
 
 def policy_of(config: GrpoConfig, initial: Settings) -> Policy:

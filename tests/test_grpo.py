@@ -1,0 +1,233 @@
+"""GRPO on a tiny model: what an update is made of, that it does not depend on how it is cut up, and that a killed run continues to the bit."""
+
+import json
+import signal
+import sys
+
+import pytest
+import torch
+
+from proxt2i.grpo_config import load_config
+from proxt2i.models.bundle import Bundle, load_components, load_settings, load_uvit, save_bundle
+from proxt2i.models.uvit import build_uvit
+from proxt2i.rewards import RewardSettings
+from proxt2i.training import engine as engines
+from proxt2i.training.advantage import advantages, surrogate
+from proxt2i.training.grpo import GrpoTrainer
+from runs import ROOT, BareRanks, assert_same_checkpoint, become_rank, overrides, resumed_at, rows, start, wait_for
+from tiny_run import weights
+
+ZERO2 = ROOT / "configs" / "zero2.json"
+
+
+@pytest.fixture(scope="module")
+def model(components, tmp_path_factory):
+    """A model folder: a random U-ViT with the tiny components."""
+    text, codec = load_components(components)
+    torch.manual_seed(1)
+    uvit = build_uvit("portraits", sample_size=4, in_channels=2, embed_dim=32, depth=3, num_heads=2, text_dims=text.dims, text_lengths=text.lengths, betas=[0.1, 20.0])
+    folder = tmp_path_factory.mktemp("model") / "model"
+    save_bundle(folder, Bundle(uvit, text, codec, source=components))
+    return folder
+
+
+@pytest.fixture
+def grpo(model, tmp_path):
+    """Overrides of a run of 6 rollouts (12 updates) that takes a second or two; the reward needs no weights."""
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("a red square\na blue square\n\na green square\n")
+    return {
+        "model.init_from": model, "prompts.source": prompts, "rewards.train": "[{name: jpeg_compressibility}]", "rewards.panel": "[]",
+        "rollout.steps": 3, "rollout.group_size": 4, "rollout.groups_per_update": 2, "rollout.updates": 2, "rollout.guidance": 2.0,
+        "optim.lr": 1e-3, "train.images": 96, "train.log_every": 1, "train.checkpoint_every": 32, "train.run_dir": tmp_path / "run",
+        "train.tensorboard": "false", "sample.every": 0, "train.threads": 1,
+    }
+
+
+def make(settings, ranks, resume=None, **changes):
+    return GrpoTrainer(load_config(None, overrides(settings, **changes)), engines.read_deepspeed_json(ZERO2), resume, ranks)
+
+
+def run_grpo_rank(rank, ranks, port, arguments, log):
+    become_rank(rank, ranks, port, log)
+    from proxt2i.grpo import main
+
+    sys.exit(main(arguments))
+
+
+# -- the arithmetic ---------------------------------------------------------------------------------------------------
+
+
+def test_advantages_are_relative_to_the_group_and_scale_free():
+    one, two = RewardSettings("jpeg_compressibility"), RewardSettings("portraits", weight=2.0)
+    r = torch.tensor([1.0, 2.0, 3.0, 10.0, 30.0, 50.0])
+    a, flat = advantages({"jpeg_compressibility": r, "portraits": 100 * r.flip(0)}, [one], 3, 5.0)
+    assert flat == 0
+    torch.testing.assert_close(a, torch.tensor([-1.2247, 0.0, 1.2247] * 2), atol=1e-3, rtol=0)
+    both, _ = advantages({"jpeg_compressibility": r, "portraits": 100 * r.flip(0)}, [one, two], 3, 5.0)
+    torch.testing.assert_close(both, -a, atol=1e-3, rtol=0)  # a - 2 a, in whatever units
+    assert advantages({"jpeg_compressibility": r}, [one], 3, 1.0)[0].abs().max() == 1.0
+
+
+def test_groups_without_differences_give_exactly_nothing_and_are_counted():
+    r = torch.tensor([0.1, 0.1, 0.1, 0.1, 0.2, 0.3])
+    a, flat = advantages({"jpeg_compressibility": r}, [RewardSettings("jpeg_compressibility")], 3, 5.0)
+    assert flat == 1 and torch.equal(a[:3], torch.zeros(3)) and a[3:].abs().max() > 1
+    assert advantages({"a": r, "b": r.flip(0)}, [RewardSettings("http", url="http://x/a"), RewardSettings("http", url="http://x/b", weight=0.0)], 3, 5.0)[1] == 1
+
+
+@pytest.mark.parametrize("elements", [1, 100, 65_536])
+def test_the_surrogate_is_the_policy_gradient_inside_the_trust_region_and_flat_outside(elements):
+    log_ratio = torch.tensor([0.0, 0.4, -0.4, 2.0, -2.0, 2.0, -2.0, 2.0], requires_grad=True)
+    advantage = torch.tensor([1.5, 1.0, 1.0, 1.0, -1.0, -1.0, 1.0, 0.0])
+    value, outside = surrogate(log_ratio, advantage, clip=0.5, elements=elements)
+    assert outside.tolist() == [False, False, False, True, True, False, False, False]
+    gradient, = torch.autograd.grad(value.sum(), log_ratio)
+    expected = advantage * (log_ratio / elements).exp()
+    torch.testing.assert_close(gradient, torch.where(outside, 0.0, expected).detach())
+
+
+# -- the trainer ------------------------------------------------------------------------------------------------------
+
+
+def test_the_first_update_of_a_rollout_has_ratio_one_exactly(grpo, ranks):
+    """And the second, on other images of the same rollout, has not: its old outputs are those of before the first."""
+    trainer = make(grpo, ranks, train__micro_batch=2, rollout__batch=5)
+    steps = trainer._steps(0)
+    seen, add = [], trainer.meter.add_transition
+    trainer.meter.add_transition = lambda value, log_ratio, kl, outside: seen.append((log_ratio.detach(), kl.detach())) or add(value, log_ratio, kl, outside)
+    for _ in range(2):
+        trainer.learn(trainer.roller.draw(trainer.engine.module, trainer.images_seen, steps))
+    log_ratios, kls = (torch.stack(v).reshape(2, 2, -1) for v in zip(*seen))  # [rollout, update, ...]
+    assert len(seen) == 2 * 2 * 4 * 2  # rollouts, updates, micro-batches, transitions
+    assert torch.equal(log_ratios[:, 0], torch.zeros_like(log_ratios[:, 0])) and log_ratios[:, 1].abs().min() > 0
+    assert torch.equal(kls[0, 0], torch.zeros_like(kls[0, 0])) and kls[1].min() > 0  # of the reference: the initial weights
+
+
+def test_inner_epochs_compare_with_the_weights_of_the_rollout(grpo, ranks):
+    trainer = make(grpo, ranks, policy__inner_epochs=2, rollout__updates=1)
+    seen, add = [], trainer.meter.add_transition
+    trainer.meter.add_transition = lambda value, log_ratio, kl, outside: seen.append(log_ratio.detach()) or add(value, log_ratio, kl, outside)
+    trainer.learn(trainer.roller.draw(trainer.engine.module, 0, trainer._steps(0)))
+    first, second = torch.stack(seen).chunk(2)
+    assert torch.equal(first, torch.zeros_like(first)) and second.abs().min() > 0 and trainer.images_seen == 8
+
+
+@pytest.mark.parametrize("micro_batch", [1, 4])
+def test_the_micro_batch_changes_the_update_by_rounding_alone(grpo, ranks, tmp_path, micro_batch):
+    ends = []
+    for size in (8, micro_batch):
+        trainer = make(grpo, ranks, train__micro_batch=size, train__run_dir=tmp_path / str(size), train__images=16, optim__name="muon", optim__muon_lr=1e-2)
+        before = weights_of(trainer)
+        trainer.run()
+        ends.append(weights_of(trainer))
+    moved = max((ends[0][name] - before[name]).abs().max().item() for name in before)
+    apart = max((ends[0][name] - ends[1][name]).abs().max().item() for name in before)
+    assert moved > 1e-3 and apart < 2e-3 * moved
+
+
+def weights_of(trainer):
+    return {name: p.detach().clone() for name, p in trainer.uvit.named_parameters()}
+
+
+def test_the_reward_rises(grpo, ranks):
+    make(grpo, ranks, train__images=1280, rollout__group_size=16, rollout__updates=1, train__checkpoint_every=10**6).run()
+    reward = [row["reward/jpeg_compressibility"] for row in rows(grpo["train.run_dir"])]
+    assert sum(reward[-8:]) / 8 - sum(reward[:8]) / 8 > 2 * torch.tensor(reward[:8]).std()
+    row = rows(grpo["train.run_dir"])[-1]
+    assert row["kl"] > 0 and 0 <= row["clip_fraction"] <= 1 and row["rollout_share"] + row["train_share"] > 0.8 and row["spread"] > 0
+
+
+def test_the_exported_model_is_sampled_as_it_was_trained(grpo, ranks, tmp_path):
+    make(grpo, ranks, rollout__plan="variance_preserving").run()
+    settings = load_settings(tmp_path / "run" / "model")
+    assert (settings.plan, settings.num_steps, settings.guidance_scale, settings.extrapolation) == ("variance_preserving", 3, 2.0, 0.0)
+    averages = weights(tmp_path / "run", 96, "ema")
+    for name, p in load_uvit(tmp_path / "run" / "model" / "uvit").named_parameters():
+        assert torch.equal(p.flatten(), averages[name])
+
+
+def test_a_window_of_transitions_moves_on(grpo, ranks):
+    trainer = make(grpo, ranks, rollout__steps=5, policy__window=2)
+    assert [trainer._steps(i) for i in range(4)] == [(0, 1), (1, 2), (2, 3), (0, 1)]
+    trainer.learn(trainer.roller.draw(trainer.engine.module, 0, trainer._steps(1)))
+    assert make(grpo, ranks, rollout__steps=5, policy__steps="[0,3]")._steps(7) == (0, 3)
+
+
+# -- many ranks, kills ------------------------------------------------------------------------------------------------
+
+
+def test_ranks_share_the_images_and_agree_with_one(grpo, ranks, tmp_path):
+    """A group lies across both ranks (one group of 8); the result is that of one rank but for rounding."""
+    shape = dict(rollout__group_size=8, rollout__groups_per_update=1, train__images=32)
+    two = BareRanks(*overrides(grpo, **shape, train__run_dir=tmp_path / "two"), program=run_grpo_rank, log=tmp_path / "log")
+    assert two.wait() == [0, 0], two.output
+    make(grpo, ranks, **shape).run()
+    one, other = weights(tmp_path / "run", 32), weights(tmp_path / "two", 32)
+    assert max((one[name] - other[name]).abs().max().item() for name in one) < 1e-4
+    assert [row["reward/jpeg_compressibility"] for row in rows(tmp_path / "run")] == pytest.approx([row["reward/jpeg_compressibility"] for row in rows(tmp_path / "two")], rel=1e-3)
+
+
+def test_killed_and_resumed_is_the_unbroken_run_to_the_bit(grpo, tmp_path):
+    """The real script on two ranks, killed -9 after a checkpoint; weights, averages and optimizer state."""
+    arguments = overrides(grpo, train__images=480, rollout__updates=1, policy__inner_epochs=2)
+    run = BareRanks(*arguments, program=run_grpo_rank, log=tmp_path / "killed")
+    assert wait_for((tmp_path / "run" / "checkpoints" / "latest").exists, run), run.output
+    run.signal(signal.SIGKILL)
+    run.wait()
+    assert not (tmp_path / "run" / "model").exists(), run.output
+    run = BareRanks("--resume", *arguments, program=run_grpo_rank, log=tmp_path / "resumed")
+    assert run.wait() == [0, 0], run.output
+    assert 0 < resumed_at(run.output) < 480
+    straight = BareRanks(*overrides(grpo, train__images=480, rollout__updates=1, policy__inner_epochs=2, train__run_dir=tmp_path / "straight"), program=run_grpo_rank, log=tmp_path / "log")
+    assert straight.wait() == [0, 0], straight.output
+    assert_same_checkpoint(tmp_path / "run" / "checkpoints" / "step-000000480", tmp_path / "straight" / "checkpoints" / "step-000000480")
+
+
+def test_resuming_from_another_reference_is_refused(grpo, ranks, model, tmp_path):
+    import shutil
+
+    make(grpo, ranks, train__images=32).run()
+    other = shutil.copytree(model, tmp_path / "other")
+    net = load_uvit(other / "uvit")
+    with torch.no_grad():
+        net.out.bias.add_(1)
+    net.save_pretrained(other / "uvit")
+    with pytest.raises(ValueError, match="began from other weights"):
+        make(grpo, ranks, resume="auto", model__init_from=other)
+
+
+# -- wrong input ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("change, message", [
+    ("rollout.group_size=1", "at least 2"),
+    ("rollout.steps=1", "at least 2"),
+    ("rollout.plan=ode", "no noise"),
+    ("rollout.plan=ddpm", "score networks"),
+    ("rewards.train=[{name: pikscore}]", "did you mean pickscore"),
+    ("rewards.train=[]", "must be a list of rewards"),
+    ("policy.steps=[2]", "transitions 0 to 1"),
+    ("policy.window=3", "policy.window"),
+    ("train.micro_batch=3", "must divide"),
+    ("prompts.source=nowhere.txt", "nowhere.txt"),
+    ("policy.klip=1", "did you mean policy.clip"),
+])
+def test_wrong_settings_are_refused_before_any_work(grpo, change, message, capsys):
+    from proxt2i.grpo import main
+
+    assert main(["--dry-run", *overrides(grpo), change]) == 2
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name, text, message", [
+    ("empty.txt", "\n \n", "holds no prompts"),
+    ("long.txt", "a red square\na red square on a blue square on a green square\n", "1 of 2 prompts are longer than the text encoder's 4 tokens"),
+    ("bad.jsonl", '{"prompt": "a red square"}\n{"promt": "a"}\n', "bad.jsonl, line 2"),
+])
+def test_wrong_prompts_are_refused_before_any_work(grpo, tmp_path, name, text, message, capsys):
+    from proxt2i.grpo import main
+
+    (tmp_path / name).write_text(text)
+    assert main(["--dry-run", *overrides(grpo), f"prompts.source={tmp_path / name}"]) == 2
+    assert message in capsys.readouterr().err
