@@ -14,6 +14,7 @@ from proxt2i.config_files import check_choices, check_ranges, read_config
 
 ALARMS = ("warn", "stop", "restore", "raise_kl")
 STORES = ("device", "cpu")
+NOISES = ("drawn", "explained")
 
 
 @dataclass
@@ -49,6 +50,7 @@ class PolicyConfig:
     clip: float = 1.5  # trust region: largest |log ratio| of a transition that still gets a gradient (nats; docs/grpo.md)
     advantage_clip: float = 5.0  # largest |advantage| (standard deviations of the group)
     kl: float = 0.01  # weight of the KL divergence to the initial network (1 / nats of a transition); 0: no reference is kept
+    noise: str = "drawn"  # the noise that is made more or less likely: as drawn (GRPO as published), or the part of it that the picture explains (ours: less gradient noise)
     inner_epochs: int = 1  # passes over a rollout's images
     steps: Optional[List[int]] = None  # transitions to train, counted in sampling order from 0 to rollout.steps - 2; null: all
     window: int = 0  # train only this many neighbouring ones of them in each rollout, in turn; 0: all
@@ -59,6 +61,16 @@ class PolicyConfig:
 class RewardsConfig:
     train: List[Any] = field(default_factory=lambda: [{"name": "pickscore", "path": "portraits"}])  # what is maximised: rewards with weights (rewards.RewardSettings)
     panel: List[Any] = field(default_factory=lambda: [{"name": "portraits"}])  # what only watches: rewards that are never trained on
+
+
+@dataclass
+class GuardConfig:
+    every: int = 1_024  # draw the guard's fixed prompts and compare with the start this often (images); 0: never
+    prompts: int = 16  # number of those prompts, taken from prompts.source
+    per_prompt: int = 8  # images of each, with fixed noise
+    min_diversity: float = 0.7  # alarm when a measure of the diversity within prompts is below this share of the start's
+    alarm: str = "warn"  # what an alarm does: warn; stop (end the run); restore (end it with the best weights so far); raise_kl (policy.kl times guard.kl_factor)
+    kl_factor: float = 4.0  # of alarm raise_kl
 
 
 @dataclass
@@ -103,6 +115,7 @@ class GrpoConfig:
     rollout: RolloutConfig = field(default_factory=RolloutConfig)
     policy: PolicyConfig = field(default_factory=PolicyConfig)
     rewards: RewardsConfig = field(default_factory=RewardsConfig)
+    guard: GuardConfig = field(default_factory=GuardConfig)
     data: DataConfig = field(default_factory=DataConfig)
     optim: GrpoOptimConfig = field(default_factory=GrpoOptimConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
@@ -131,16 +144,20 @@ def validate(config: GrpoConfig, world_size: int = 1) -> None:
         config,
         positive=("prompts.num", "rollout.groups_per_update", "rollout.updates", "rollout.batch", "policy.clip", "policy.advantage_clip",
                   "policy.inner_epochs", "optim.lr", "optim.muon_lr", "optim.eps", "optim.ema_half_life", "train.images", "train.max_bad_steps",
-                  "train.log_every", "train.checkpoint_every", "train.keep_checkpoints", "sample.per_prompt"),
+                  "train.log_every", "train.checkpoint_every", "train.keep_checkpoints", "sample.per_prompt", "guard.prompts", "guard.kl_factor"),
         not_negative=("rollout.guidance", "policy.kl", "policy.window", "policy.data_weight", "optim.weight_decay", "optim.spike", "optim.warmup_images",
-                      "optim.grad_clip", "optim.ema_ramp", "train.threads", "sample.every"),
-        fractions=("rollout.guidance_below", "optim.final_lr"))
-    check_choices(config, {"rollout.store": STORES, "optim.name": OPTIMIZERS, "train.precision": PRECISIONS, "optim.schedule": LR_SCHEDULES})
+                      "optim.grad_clip", "optim.ema_ramp", "train.threads", "sample.every", "guard.every"),
+        fractions=("rollout.guidance_below", "optim.final_lr", "guard.min_diversity"))
+    check_choices(config, {"guard.alarm": ALARMS, "rollout.store": STORES, "policy.noise": NOISES, "optim.name": OPTIMIZERS, "train.precision": PRECISIONS, "optim.schedule": LR_SCHEDULES})
     check_optim(config.optim, config.train.images)
     if config.rollout.group_size < 2:
         raise ValueError(f"rollout.group_size must be at least 2, got {config.rollout.group_size}: an image is judged against others of its prompt")
     if config.rollout.steps < 2:
         raise ValueError(f"rollout.steps must be at least 2, got {config.rollout.steps}: the last step has no density, so nothing would be left to train")
+    if config.guard.per_prompt < 2:
+        raise ValueError(f"guard.per_prompt must be at least 2, got {config.guard.per_prompt}: diversity is that of a prompt's images")
+    if config.guard.alarm == "raise_kl" and not config.policy.kl:
+        raise ValueError("guard.alarm=raise_kl needs policy.kl above 0, or there is nothing to raise")
     _validate_batch(config, world_size)
     _validate_steps(config)
     _validate_paths(config)

@@ -1,6 +1,5 @@
 """GRPO on a tiny model: what an update is made of, that it does not depend on how it is cut up, and that a killed run continues to the bit."""
 
-import json
 import signal
 import sys
 
@@ -14,7 +13,8 @@ from proxt2i.rewards import RewardSettings
 from proxt2i.training import engine as engines
 from proxt2i.training.advantage import advantages, surrogate
 from proxt2i.training.grpo import GrpoTrainer
-from runs import ROOT, BareRanks, assert_same_checkpoint, become_rank, overrides, resumed_at, rows, start, wait_for
+from proxt2i.training.guard import Evaluation, Guard, attribute_entropy
+from runs import ROOT, BareRanks, assert_same_checkpoint, become_rank, overrides, resumed_at, rows, wait_for
 from tiny_run import weights
 
 ZERO2 = ROOT / "configs" / "zero2.json"
@@ -40,7 +40,7 @@ def grpo(model, tmp_path):
         "model.init_from": model, "prompts.source": prompts, "rewards.train": "[{name: jpeg_compressibility}]", "rewards.panel": "[]",
         "rollout.steps": 3, "rollout.group_size": 4, "rollout.groups_per_update": 2, "rollout.updates": 2, "rollout.guidance": 2.0,
         "optim.lr": 1e-3, "train.images": 96, "train.log_every": 1, "train.checkpoint_every": 32, "train.run_dir": tmp_path / "run",
-        "train.tensorboard": "false", "sample.every": 0, "train.threads": 1,
+        "train.tensorboard": "false", "sample.every": 0, "train.threads": 1, "guard.every": 32, "guard.prompts": 2, "guard.per_prompt": 4,
     }
 
 
@@ -130,12 +130,19 @@ def weights_of(trainer):
     return {name: p.detach().clone() for name, p in trainer.uvit.named_parameters()}
 
 
+COLLAPSE = dict(optim__lr=2e-2, policy__kl=0, rollout__group_size=16, rollout__groups_per_update=3, rollout__updates=1, train__images=480,
+                train__log_every=48, train__checkpoint_every=10**6, guard__every=240, guard__prompts=3)
+
+
 def test_the_reward_rises(grpo, ranks):
-    make(grpo, ranks, train__images=1280, rollout__group_size=16, rollout__updates=1, train__checkpoint_every=10**6).run()
-    reward = [row["reward/jpeg_compressibility"] for row in rows(grpo["train.run_dir"])]
-    assert sum(reward[-8:]) / 8 - sum(reward[:8]) / 8 > 2 * torch.tensor(reward[:8]).std()
-    row = rows(grpo["train.run_dir"])[-1]
-    assert row["kl"] > 0 and 0 <= row["clip_fraction"] <= 1 and row["rollout_share"] + row["train_share"] > 0.8 and row["spread"] > 0
+    """Small JPEGs: flat pictures, all the same. What the run reports says so."""
+    make(grpo, ranks, **COLLAPSE).run()
+    reported = rows(grpo["train.run_dir"])
+    rewards = [row["reward/jpeg_compressibility"] for row in reported]
+    assert min(rewards[-3:]) > max(rewards[:3]) and reported[-1]["images"] == 480
+    row = reported[-1]
+    assert 0 <= row["clip_fraction"] <= 1 and row["rollout_share"] + row["train_share"] > 0.5 and row["spread"] > 0 and row["flat_groups"] == 0
+    assert row["diversity/pictures"] < 0.5 * reported[4]["diversity/pictures"] and row["eval/jpeg_compressibility"] > reported[4]["eval/jpeg_compressibility"]
 
 
 def test_the_exported_model_is_sampled_as_it_was_trained(grpo, ranks, tmp_path):
@@ -154,34 +161,77 @@ def test_a_window_of_transitions_moves_on(grpo, ranks):
     assert make(grpo, ranks, rollout__steps=5, policy__steps="[0,3]")._steps(7) == (0, 3)
 
 
+# -- the guard --------------------------------------------------------------------------------------------------------
+
+
+def test_the_guard_fires_when_diversity_collapses_and_stops_the_run(grpo, ranks, capsys):
+    make(grpo, ranks, **COLLAPSE | dict(train__images=4800), guard__alarm="stop").run()
+    said = capsys.readouterr().out
+    assert "diversity of pictures is down to" in said and "guard.alarm=stop" in said and "panel" not in said
+    assert rows(grpo["train.run_dir"])[-1]["images"] <= 480
+
+
+def test_the_guard_fires_when_the_panel_falls_and_restores_the_best_weights(grpo, ranks, tmp_path, capsys):
+    """The panel wants the opposite of what is trained: the best weights are the first."""
+    make(grpo, ranks, **COLLAPSE, guard__alarm="restore", guard__min_diversity=0, rewards__panel="[{name: jpeg_incompressibility}]").run()
+    assert "jpeg_compressibility rose while jpeg_incompressibility of the panel fell" in capsys.readouterr().out
+    initial = dict(load_uvit(grpo["model.init_from"] / "uvit").named_parameters())
+    for name, p in load_uvit(tmp_path / "run" / "model" / "uvit").named_parameters():
+        assert torch.equal(p, initial[name])
+
+
+def test_an_alarm_can_raise_the_weight_of_the_divergence_and_it_stays_raised(grpo, ranks):
+    changes = COLLAPSE | dict(policy__kl=0.01, guard__alarm="raise_kl")
+    trainer = make(grpo, ranks, **changes)
+    trainer.run()
+    assert trainer.kl > 0.01 and make(grpo, ranks, resume="auto", **changes).kl == trainer.kl
+
+
+def test_the_guard_judges_paired_differences():
+    start = Evaluation({"a": [1.0, 2.0, 3.0, 4.0]}, {"p": [1.0, 2.0, 3.0, 4.0]}, {"pictures": 1.0})
+
+    def verdict(trained, panel, diversity):
+        guard = Guard(min_diversity=0.8)
+        assert guard.judge(start) == ""
+        return guard.judge(Evaluation({"a": trained}, {"p": panel}, {"pictures": diversity}))
+
+    up, down, same = [1.2, 2.3, 3.2, 4.3], [0.8, 1.7, 2.8, 3.7], [1.1, 1.9, 3.1, 3.9]
+    assert verdict(up, up, 1.0) == verdict(up, same, 0.9) == verdict(down, down, 1.0) == ""
+    assert "a rose while p of the panel fell by 0.25" in verdict(up, down, 1.0)
+    assert "diversity of pictures is down to 70%" in verdict(same, same, 0.7)
+
+
+def test_the_entropy_of_what_prompts_leave_open():
+    predicted, stated = torch.tensor([[0, 1], [0, 2], [1, 1], [1, 1]]), torch.tensor([[True, False], [True, False], [True, True], [True, True]])
+    assert attribute_entropy(predicted, stated, 2) == pytest.approx([0.6931], abs=1e-4)  # two values once each; the second prompt leaves nothing open
+
+
 # -- many ranks, kills ------------------------------------------------------------------------------------------------
 
 
-def test_ranks_share_the_images_and_agree_with_one(grpo, ranks, tmp_path):
-    """A group lies across both ranks (one group of 8); the result is that of one rank but for rounding."""
-    shape = dict(rollout__group_size=8, rollout__groups_per_update=1, train__images=32)
-    two = BareRanks(*overrides(grpo, **shape, train__run_dir=tmp_path / "two"), program=run_grpo_rank, log=tmp_path / "log")
-    assert two.wait() == [0, 0], two.output
+def test_two_ranks_agree_with_one_and_killed_and_resumed_they_are_the_same_to_the_bit(grpo, ranks, tmp_path):
+    """Every group lies across both ranks. The real script: unbroken, killed -9 after a checkpoint, resumed."""
+    shape = dict(rollout__group_size=8, rollout__groups_per_update=1, policy__inner_epochs=2, train__images=160)
+    two = tmp_path / "two"
+    run = BareRanks(*overrides(grpo, **shape, train__run_dir=two), program=run_grpo_rank, log=tmp_path / "log")
+    assert run.wait() == [0, 0], run.output
     make(grpo, ranks, **shape).run()
-    one, other = weights(tmp_path / "run", 32), weights(tmp_path / "two", 32)
-    assert max((one[name] - other[name]).abs().max().item() for name in one) < 1e-4
-    assert [row["reward/jpeg_compressibility"] for row in rows(tmp_path / "run")] == pytest.approx([row["reward/jpeg_compressibility"] for row in rows(tmp_path / "two")], rel=1e-3)
+    one, other = weights(tmp_path / "run", 160), weights(two, 160)
+    assert max((one[name] - other[name]).abs().max().item() for name in one) < 1e-3
+    reward = "reward/jpeg_compressibility"
+    assert [row[reward] for row in rows(tmp_path / "run")] == pytest.approx([row[reward] for row in rows(two)], rel=1e-2)
 
-
-def test_killed_and_resumed_is_the_unbroken_run_to_the_bit(grpo, tmp_path):
-    """The real script on two ranks, killed -9 after a checkpoint; weights, averages and optimizer state."""
-    arguments = overrides(grpo, train__images=480, rollout__updates=1, policy__inner_epochs=2)
+    broken = tmp_path / "broken"
+    arguments = overrides(grpo, **shape, train__run_dir=broken)
     run = BareRanks(*arguments, program=run_grpo_rank, log=tmp_path / "killed")
-    assert wait_for((tmp_path / "run" / "checkpoints" / "latest").exists, run), run.output
+    assert wait_for((broken / "checkpoints" / "latest").exists, run), run.output
     run.signal(signal.SIGKILL)
     run.wait()
-    assert not (tmp_path / "run" / "model").exists(), run.output
+    assert not (broken / "model").exists(), run.output
     run = BareRanks("--resume", *arguments, program=run_grpo_rank, log=tmp_path / "resumed")
     assert run.wait() == [0, 0], run.output
-    assert 0 < resumed_at(run.output) < 480
-    straight = BareRanks(*overrides(grpo, train__images=480, rollout__updates=1, policy__inner_epochs=2, train__run_dir=tmp_path / "straight"), program=run_grpo_rank, log=tmp_path / "log")
-    assert straight.wait() == [0, 0], straight.output
-    assert_same_checkpoint(tmp_path / "run" / "checkpoints" / "step-000000480", tmp_path / "straight" / "checkpoints" / "step-000000480")
+    assert 0 < resumed_at(run.output) < 160
+    assert_same_checkpoint(broken / "checkpoints" / "step-000000160", two / "checkpoints" / "step-000000160")
 
 
 def test_resuming_from_another_reference_is_refused(grpo, ranks, model, tmp_path):

@@ -62,6 +62,7 @@ class ScorePlan:
     a: tuple[float, ...]
     c: tuple[float, ...]
     b: tuple[float, ...]
+    schedule: VPSchedule = VPSchedule()
 
 
 def _euler(num_steps, schedule, stochastic):
@@ -106,7 +107,7 @@ def score_plan(name: str, num_steps: int, schedule: VPSchedule = VPSchedule(), g
         rows = _euler(num_steps, schedule, stochastic=name == "euler_maruyama")
     else:
         rows = _denoising(num_steps, schedule, name == "ddpm", times)
-    return ScorePlan(name, num_steps, *zip(*rows))
+    return ScorePlan(name, num_steps, *zip(*rows), schedule)
 
 
 @torch.no_grad()

@@ -44,6 +44,7 @@ class CheckpointStore:
     def __init__(self, run_dir: str | Path, ranks: Ranks, keep: int = 2):
         self.folder = Path(run_dir) / "checkpoints"
         self.ranks, self.keep = ranks, keep
+        self.protected: str | None = None  # name of a checkpoint that stays, however old
 
     def save(self, state: dict, write_rank: Callable[[Path], Path]) -> Path:
         """Collective. Every rank calls write_rank(folder), which returns the file it wrote. Returns the finished checkpoint's folder.
@@ -92,7 +93,8 @@ class CheckpointStore:
         fsync(self.folder)
         replace_text(self.folder / LATEST, final.name)
         for old in finished(self.folder)[self.keep:]:
-            shutil.rmtree(self.folder / old)
+            if old != self.protected:
+                shutil.rmtree(self.folder / old)
 
     def exist(self) -> bool:
         return bool(finished(self.folder))

@@ -30,7 +30,9 @@ from proxt2i.training.checkpoint import CheckpointStore, replace_text
 from proxt2i.training.distributed import Ranks, StopFlag
 from proxt2i.training.ema import EMA
 from proxt2i.training.export import export, network_of
+from proxt2i.training.grpo_eval import Evaluator
 from proxt2i.training.grpo_meter import GrpoMeter
+from proxt2i.training.guard import Guard
 from proxt2i.training.preview import draw_grid
 from proxt2i.training.rollouts import Experience, Roller
 from proxt2i.training.spikes import SpikeGuard
@@ -62,7 +64,13 @@ class GrpoTrainer:
         checkpoint = self.store.choose(resume, asdict(config), self._say)
         self.images_seen = checkpoint.images_seen if checkpoint else 0
         self.saved, self.saved_at = checkpoint.folder if checkpoint else None, self.images_seen
-        self.guard = SpikeGuard(config.optim.spike, **(checkpoint.state["guard"] if checkpoint else {}))
+        self.spikes = SpikeGuard(config.optim.spike, **(checkpoint.state["spikes"] if checkpoint else {}))
+        self.guard, self.kl = Guard(config.guard.min_diversity), config.policy.kl
+        if checkpoint:
+            self.guard.load(checkpoint.state["guard"])
+            self.kl = checkpoint.state["kl"] if config.guard.alarm == "raise_kl" else config.policy.kl
+            self.store.protected = self.guard.best
+        self.alarm = ""
         self.fingerprint = _fingerprint(self.initial)
         if checkpoint and checkpoint.state["initial"] != self.fingerprint:
             raise ValueError(f"{checkpoint.folder} began from other weights than those in {self.initial}: set model.init_from to the model that "
@@ -90,11 +98,12 @@ class GrpoTrainer:
             self.uvit.compile_blocks()
         self.engine, self.partition = engines.initialize(engines.Autocast(self.uvit, self.bf16), filled, config.optim)
         self.optimizer = self.engine.optimizer.optimizer
-        self.optimizer.skip = lambda: self.guard.refuses(self._grad_norm())
+        self.optimizer.skip = lambda: self.spikes.refuses(self._grad_norm())
         self.ema = EMA(self.partition.flat, config.optim.ema_half_life, config.optim.ema_ramp)
         if saved:
             saved.load_training(self.partition, self.ema, self.optimizer)
         self.meter = GrpoMeter(ranks)
+        self.evaluate = Evaluator(config, self.roller) if config.guard.every else None
         self._say(f"{num_params / 1e6:.2f} M parameters, {ranks.world_size} rank(s) on {ranks.device.type}, {len(self.prompts):,} prompts, a rollout is "
                   f"{self.roller.images:,} images in {config.rollout.updates} update(s), micro-batches of {self.micro_batch}")
         if ranks.is_first:
@@ -114,15 +123,20 @@ class GrpoTrainer:
         if received:
             self._say(f"interrupted by signal {received} after {self.images_seen:,} images, all saved; continue with --resume")
         elif self.ranks.is_first:
-            export(self.saved, self.run_dir / "model")
-            self._say(f"finished {self.images_seen:,} images; model: {self.run_dir / 'model'}")
+            restored = self.alarm and self.config.guard.alarm == "restore" and self.guard.best
+            source = self.store.folder / self.guard.best if restored else self.saved
+            export(source, self.run_dir / "model")
+            self._say(f"finished {self.images_seen:,} images; model: {self.run_dir / 'model'}" + (f", the weights of {source.name}" if restored else ""))
         if self.ranks.is_first:
             self.tracker.close()
         return received
 
     def _loop(self, stop: StopFlag) -> int:
         train, sample_every, received = self.config.train, self.config.sample.every, 0
-        while self.images_seen < train.images and not received:
+        with self.meter.timed("paused"):
+            if self.evaluate and self.guard.start is None:
+                self._look()
+        while self.images_seen < train.images and not received and not self._ended():
             steps = self._steps(self.images_seen // self.roller.images)
             with self.meter.timed("rollout"):
                 experience = self.roller.draw(self.engine.module, self.images_seen, steps, lambda: stop.reduced() != 0)
@@ -131,14 +145,35 @@ class GrpoTrainer:
             with self.meter.timed("train"):
                 self.learn(experience)
             received = stop.reduced()
+            with self.meter.timed("paused"):
+                if self.evaluate and self._crossed(self.config.guard.every):
+                    self._look()
             if self._crossed(train.log_every):
                 self._log()
             with self.meter.timed("paused"):
                 if sample_every and self._crossed(sample_every):
                     self._sample()
-                if self._crossed(train.checkpoint_every):
+                if self._crossed(train.checkpoint_every) and self.saved_at != self.images_seen:
                     self.save()
         return received
+
+    def _ended(self) -> bool:
+        return bool(self.alarm) and self.config.guard.alarm in ("stop", "restore")
+
+    def _look(self) -> None:
+        """Let the guard compare the policy with the start, and do what an alarm asks for. Collective; every rank comes to the same."""
+        now = self.evaluate(self.engine.module)
+        self.alarm = self.guard.judge(now)
+        how = self.config.guard
+        if self.alarm:
+            self._say(f"ALARM at {self.images_seen:,} images: {self.alarm}; guard.alarm={how.alarm}")
+            if how.alarm == "raise_kl":
+                self.kl *= how.kl_factor
+                self._say(f"  the weight of the KL divergence is {self.kl:g} from now on")
+        elif how.alarm == "restore" and self.guard.gain(now) > self.guard.best_gain:
+            self.guard.best, self.guard.best_gain = f"step-{self.images_seen:09d}", self.guard.gain(now)
+            self.store.protected = self.guard.best
+            self.save()
 
     def learn(self, experience: Experience) -> None:
         """Take the updates of a rollout: `inner_epochs` passes over its images."""
@@ -165,21 +200,22 @@ class GrpoTrainer:
             for i in experience.states:
                 state, seeds = self._state(experience, i, part), experience.seeds[part]
                 reference = None if self.reference is None else guided_output(self._eps_fn(self.reference, experience, part), self.policy, i, state)
-                log_ratio, kl, eps = compare(eps_fn, self.policy, i, state, seeds, eps_old=old.get((part.start, i)), eps_ref=reference)
+                log_ratio, kl, eps = compare(eps_fn, self.policy, i, state, seeds, eps_old=old.get((part.start, i)), eps_ref=reference,
+                                              x0=experience.x0[part] if how.noise == "explained" else None)
                 if keep:
                     old[part.start, i] = eps
                 value, outside = surrogate(log_ratio, advantage, how.clip, eps[0].numel())
-                self.engine.backward((how.kl * kl - value).mean())
+                self.engine.backward((self.kl * kl - value).mean())
                 self.engine.step()
                 self.meter.add_transition(value, log_ratio, kl, outside)
 
     def _after_update(self, new_images: int) -> None:
         norm = self._grad_norm()  # infinite when DeepSpeed has skipped the step; the same on every rank
-        bad = self.guard.judge(norm)
+        bad = self.spikes.judge(norm)
         if bad:
-            self._say(f"{bad} at {self.images_seen:,} images: step skipped ({self.guard.skipped} so far)")
-            if self.guard.in_a_row >= self.config.train.max_bad_steps:
-                raise ValueError(f"{self.guard.in_a_row} steps in a row had to be skipped, the last for a {bad}: lower optim.lr, or "
+            self._say(f"{bad} at {self.images_seen:,} images: step skipped ({self.spikes.skipped} so far)")
+            if self.spikes.in_a_row >= self.config.train.max_bad_steps:
+                raise ValueError(f"{self.spikes.in_a_row} steps in a row had to be skipped, the last for a {bad}: lower optim.lr, or "
                                  f"continue from an older checkpoint in {self.store.folder} with --resume PATH")
         else:
             self.meter.grad_norms.append(norm)
@@ -225,7 +261,8 @@ class GrpoTrainer:
         row = self.meter.summary()
         if self.ranks.is_first:
             rewards = "  ".join(f"{key.split('/')[1]} {value:.4f}" for key, value in row.items() if key.startswith("reward/"))
-            self.tracker.log({"images": self.images_seen, "lr": self._learning_rate(), "bad_steps": self.guard.skipped, **row},
+            self.tracker.log({"images": self.images_seen, "lr": self._learning_rate(), "bad_steps": self.spikes.skipped, "alarms": self.guard.alarms, **row,
+                              **self.guard.last_row},
                              brief=f"{rewards}  kl {row['kl']:.3f}  clipped {row['clip_fraction']:.0%}  grad {row['grad_norm']:.3f}")
 
     def _sample(self) -> None:
@@ -238,7 +275,8 @@ class GrpoTrainer:
 
     def save(self) -> None:
         """Write a checkpoint. Collective."""
-        state = {"images_seen": self.images_seen, "world_size": self.ranks.world_size, "guard": self.guard.state(), "initial": self.fingerprint,
+        state = {"images_seen": self.images_seen, "world_size": self.ranks.world_size, "spikes": self.spikes.state(),
+                 "guard": self.guard.state(), "kl": self.kl, "initial": self.fingerprint,
                  "config": asdict(self.config), "network": dict(self.uvit.config), "settings": asdict(self.settings), "components": str(self.components)}
         self.saved = self.store.save(state, lambda folder: write_rank(folder, self.partition, self.ema, self.optimizer))
         self.saved_at = self.images_seen
