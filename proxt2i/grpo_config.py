@@ -14,7 +14,6 @@ from proxt2i.config_files import check_choices, check_ranges, read_config
 
 ALARMS = ("warn", "stop", "restore", "raise_kl")
 STORES = ("device", "cpu")
-NOISES = ("drawn", "explained")
 
 
 @dataclass
@@ -50,7 +49,6 @@ class PolicyConfig:
     clip: float = 1.5  # trust region: largest |log ratio| of a transition that still gets a gradient (nats; docs/grpo.md)
     advantage_clip: float = 5.0  # largest |advantage| (standard deviations of the group)
     kl: float = 0.01  # weight of the KL divergence to the initial network (1 / nats of a transition); 0: no reference is kept
-    noise: str = "drawn"  # the noise that is made more or less likely: as drawn (GRPO as published), or the part of it that the picture explains (ours: less gradient noise)
     inner_epochs: int = 1  # passes over a rollout's images
     steps: Optional[List[int]] = None  # transitions to train, counted in sampling order from 0 to rollout.steps - 2; null: all
     window: int = 0  # train only this many neighbouring ones of them in each rollout, in turn; 0: all
@@ -148,7 +146,7 @@ def validate(config: GrpoConfig, world_size: int = 1) -> None:
         not_negative=("rollout.guidance", "policy.kl", "policy.window", "policy.data_weight", "optim.weight_decay", "optim.spike", "optim.warmup_images",
                       "optim.grad_clip", "optim.ema_ramp", "train.threads", "sample.every", "guard.every"),
         fractions=("rollout.guidance_below", "optim.final_lr", "guard.min_diversity"))
-    check_choices(config, {"guard.alarm": ALARMS, "rollout.store": STORES, "policy.noise": NOISES, "optim.name": OPTIMIZERS, "train.precision": PRECISIONS, "optim.schedule": LR_SCHEDULES})
+    check_choices(config, {"guard.alarm": ALARMS, "rollout.store": STORES, "optim.name": OPTIMIZERS, "train.precision": PRECISIONS, "optim.schedule": LR_SCHEDULES})
     check_optim(config.optim, config.train.images)
     if config.rollout.group_size < 2:
         raise ValueError(f"rollout.group_size must be at least 2, got {config.rollout.group_size}: an image is judged against others of its prompt")

@@ -34,7 +34,6 @@ import torch
 from torch import Tensor
 
 from ..ops import guided_eps, transition_log_ratio
-from .matching import expected_noise
 from .plan import Plan
 from .proximal import EpsFn, as_seeds, evaluate, per_step, trajectory
 from .score import ScorePlan, score_trajectory
@@ -132,47 +131,23 @@ def check_steps(policy: Policy, steps: Iterable[int] | None) -> tuple[int, ...]:
 
 
 def compare(eps_fn: EpsFn, policy: Policy, i: int, state: Tensor, seeds: Tensor, *, eps_old: Tensor | None = None,
-            eps_ref: Tensor | None = None, x0: Tensor | None = None, impl: str | None = None) -> tuple[Tensor, Tensor, Tensor]:
+            eps_ref: Tensor | None = None, impl: str | None = None) -> tuple[Tensor, Tensor, Tensor]:
     """Transition i of a rollout under the network of eps_fn: (log ratio to the old policy [B], KL to the reference [B], eps [B, ...]).
 
     eps_fn: as in `proximal.sample`; the first two results are differentiable through it, in float32 (float64 if its results are).
     state, seeds: of the rollout.  eps_old: the guided output of the network that made it (`guided_output`, in the shapes of this call:
     a network's output for one image depends on the batch by rounding). None: the network has not changed since, the ratio is
     exactly 1, and its gradient is the policy gradient.  eps_ref: the reference's guided output; None: KL is 0.
-    x0: the rollout's result. Given, the noise is not the drawn one but `explained_noise`, and the log ratio its mean given the picture.
     eps: this network's guided output, detached: eps_old of later calls in the same shapes.
     """
     t, lam, guidance = policy.query(i)
     eps_cond, eps_uncond = evaluate(eps_fn, state, t, lam, guidance)
     with torch.no_grad():
         eps = guided_eps(eps_cond.detach(), None if eps_uncond is None else eps_uncond.detach(), guidance, impl)
-    eps_old = eps if eps_old is None else eps_old
-    if x0 is None:
-        noise = dict(seeds=seeds, steps=torch.full_like(seeds, policy.first_draw + i))
-    else:
-        noise = dict(noise=explained_noise(policy, i, state, eps_old, x0))
-    scale = torch.full((len(state),), policy.scale[i], dtype=torch.float64, device=state.device)
-    log_ratio, kl = transition_log_ratio(eps_cond, eps_uncond, eps_old, eps_ref, scale=scale, guidance_scale=guidance, impl=impl, **noise)
+    log_ratio, kl = transition_log_ratio(
+        eps_cond, eps_uncond, eps if eps_old is None else eps_old, eps_ref, guidance_scale=guidance, impl=impl, seeds=seeds,
+        steps=torch.full_like(seeds, policy.first_draw + i), scale=torch.full((len(state),), policy.scale[i], dtype=torch.float64, device=state.device))
     return log_ratio, kl, eps
-
-
-def explained_noise(policy: Policy, i: int, state: Tensor, eps_old: Tensor, x0: Tensor) -> Tensor:
-    """The part of transition i's noise that the picture x0 tells of: E[z | state, x0], [B, ...] (ours; docs/grpo.md).
-
-    Had the network known the picture, it would have answered eps* = E[n | x0, state] (`matching.expected_noise`) and the mean of the next
-    state would be another by b c (eps_old - eps*): the noise that leads there is c (eps_old - eps*). Exactly E[z | state, x0] where the
-    chain is the time reversal of the diffusion (plan "relaxed", a perfect network), near it otherwise. A reward depends on the chain through
-    x0 alone, so E[A z] = E[A E[z | state, x0]]: the same policy gradient, without the noise that no picture shows.
-    """
-    t, lam, _ = policy.query(i)
-    t, lam = (torch.full((len(state),), v, dtype=state.dtype, device=state.device) for v in (t, lam))
-    schedule = policy.plan.schedule
-    if isinstance(policy.plan, Plan):
-        eps_star = expected_noise(x0, state, t, lam, schedule)
-    else:
-        signal, noise = (v.sqrt().reshape(-1, *[1] * (state.dim() - 1)) for v in (schedule.alpha(t), schedule.one_minus_alpha(t)))
-        eps_star = (state - signal * x0) / noise
-    return policy.scale[i] * (eps_old - eps_star)
 
 
 @torch.no_grad()

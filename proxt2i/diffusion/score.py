@@ -62,7 +62,6 @@ class ScorePlan:
     a: tuple[float, ...]
     c: tuple[float, ...]
     b: tuple[float, ...]
-    schedule: VPSchedule = VPSchedule()
 
 
 def _euler(num_steps, schedule, stochastic):
@@ -107,7 +106,7 @@ def score_plan(name: str, num_steps: int, schedule: VPSchedule = VPSchedule(), g
         rows = _euler(num_steps, schedule, stochastic=name == "euler_maruyama")
     else:
         rows = _denoising(num_steps, schedule, name == "ddpm", times)
-    return ScorePlan(name, num_steps, *zip(*rows), schedule)
+    return ScorePlan(name, num_steps, *zip(*rows))
 
 
 @torch.no_grad()

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
@@ -30,9 +30,11 @@ from proxt2i.training.checkpoint import CheckpointStore, replace_text
 from proxt2i.training.distributed import Ranks, StopFlag
 from proxt2i.training.ema import EMA
 from proxt2i.training.export import export, network_of
+from proxt2i.training.feed import Feed
 from proxt2i.training.grpo_eval import Evaluator
 from proxt2i.training.grpo_meter import GrpoMeter
 from proxt2i.training.guard import Guard
+from proxt2i.training.objective import Objective
 from proxt2i.training.preview import draw_grid
 from proxt2i.training.rollouts import Experience, Roller
 from proxt2i.training.spikes import SpikeGuard
@@ -91,7 +93,7 @@ class GrpoTrainer:
 
         num_params = sum(p.numel() for p in self.uvit.parameters())
         self.per_update, self.micro_batch = images_per_update(config), micro_batch_of(config, ranks.world_size)
-        self.passes = len(self._steps(0))  # of the network over an image in an update
+        self.passes = len(self._steps(0)) + bool(config.policy.data_weight)  # of the network over an image in an update
         engine_batches = pretraining.TrainConfig(batch_size=self.per_update * self.passes, micro_batch=self.micro_batch, compile=train.compile)
         filled = engines.fill_deepspeed_json(deepspeed_json, engine_batches, config.optim, ranks.world_size, num_params, on_gpu)
         if train.compile:
@@ -102,6 +104,10 @@ class GrpoTrainer:
         self.ema = EMA(self.partition.flat, config.optim.ema_half_life, config.optim.ema_ramp)
         if saved:
             saved.load_training(self.partition, self.ema, self.optimizer)
+        self.feed = self.objective = None
+        if config.policy.data_weight:
+            self.feed = Feed(replace(config, model=replace(config.model, components=str(self.components))), ranks, self.roller.per_rank)
+            self.objective = Objective(data_objective(config, initial_settings), train.seed)
         self.meter = GrpoMeter(ranks)
         self.evaluate = Evaluator(config, self.roller) if config.guard.every else None
         self._say(f"{num_params / 1e6:.2f} M parameters, {ranks.world_size} rank(s) on {ranks.device.type}, {len(self.prompts):,} prompts, a rollout is "
@@ -115,11 +121,15 @@ class GrpoTrainer:
     # -- the run ------------------------------------------------------------------------------------------------------
 
     def run(self) -> int:
+        if self.feed:
+            self.feed.open(self.images_seen, self._say)
         with StopFlag(self.ranks) as stop:
             received = self._loop(stop)
             if self.saved_at != self.images_seen:
                 self.save()
         self.roller.scorer.close()
+        if self.feed:
+            self.feed.close()
         if received:
             self._say(f"interrupted by signal {received} after {self.images_seen:,} images, all saved; continue with --resume")
         elif self.ranks.is_first:
@@ -200,14 +210,21 @@ class GrpoTrainer:
             for i in experience.states:
                 state, seeds = self._state(experience, i, part), experience.seeds[part]
                 reference = None if self.reference is None else guided_output(self._eps_fn(self.reference, experience, part), self.policy, i, state)
-                log_ratio, kl, eps = compare(eps_fn, self.policy, i, state, seeds, eps_old=old.get((part.start, i)), eps_ref=reference,
-                                              x0=experience.x0[part] if how.noise == "explained" else None)
+                log_ratio, kl, eps = compare(eps_fn, self.policy, i, state, seeds, eps_old=old.get((part.start, i)), eps_ref=reference)
                 if keep:
                     old[part.start, i] = eps
                 value, outside = surrogate(log_ratio, advantage, how.clip, eps[0].numel())
-                self.engine.backward((self.kl * kl - value).mean())
+                # DeepSpeed takes the mean over all passes: this makes it the mean over transitions, plus that over the data
+                self.engine.backward((self.kl * kl - value).mean() * (self.passes / len(experience.states)))
                 self.engine.step()
                 self.meter.add_transition(value, log_ratio, kl, outside)
+        for batch in self.feed.next().micro_batches(self.micro_batch) if self.feed else ():
+            example = self.objective.example(batch.latents, batch.positions)
+            text = self.objective.drop_captions(batch.text, self.roller.null_text, batch.positions)
+            losses = self.objective.loss(self.engine(example.y, example.t, example.lam, text), example, self.images_seen) * example.weight
+            self.engine.backward(losses.mean() * (how.data_weight * self.passes))
+            self.engine.step()
+            self.meter.add_data(losses)
 
     def _after_update(self, new_images: int) -> None:
         norm = self._grad_norm()  # infinite when DeepSpeed has skipped the step; the same on every rank
@@ -309,6 +326,13 @@ def policy_of(config: GrpoConfig, initial: Settings) -> Policy:
         plan = make_plan(how.plan, how.steps, schedule, initial.grid, extrapolation=0)
         times = plan.tau
     return make_policy(plan, guidance_scales(times, how.guidance, how.guidance_below))
+
+
+def data_objective(config: GrpoConfig, initial: Settings) -> pretraining.DiffusionConfig:
+    """Of proximal matching on data, at the network's queries in a rollout, the last one among them."""
+    how = config.rollout
+    return pretraining.DiffusionConfig(objective=initial.objective, plan="hybrid" if how.plan in (*SCORE_SAMPLERS, "relaxed") else how.plan, step_counts=[how.steps],
+                                       snr_power=0.0, grid=initial.grid, beta_min=initial.beta_min, beta_max=initial.beta_max)
 
 
 def exported_settings(config: GrpoConfig, initial: Settings) -> Settings:

@@ -23,6 +23,7 @@ class GrpoMeter:
         self.reset()
 
     def reset(self) -> None:
+        self.data_sum, self.data_count = torch.zeros((), dtype=torch.float64, device=self.ranks.device), 0
         self.sums = torch.zeros(len(TRANSITION), dtype=torch.float64, device=self.ranks.device)
         self.count = self.images = self.flat_groups = self.rollouts = 0
         self.largest = torch.zeros((), device=self.ranks.device)
@@ -45,6 +46,11 @@ class GrpoMeter:
         self.largest = torch.maximum(self.largest, log_ratio.detach().abs().max())
         self.count += len(value)
 
+    def add_data(self, losses: Tensor) -> None:
+        """Weighted losses of a micro-batch of data, [B]."""
+        self.data_sum += losses.detach().double().sum()
+        self.data_count += len(losses)
+
     def add_rollout(self, experience: Experience) -> None:
         for name, scores in experience.scores.items():
             self.rewards.setdefault(name, []).append(scores)
@@ -60,13 +66,15 @@ class GrpoMeter:
         groups is what advantages use, this is over all images. rollout_share, train_share: of the time that was not paused.
         """
         spread = [s for s in self.spreads if math.isfinite(s)]
-        totals = torch.cat([self.sums, torch.tensor([self.count, sum(spread), len(spread)], dtype=torch.float64, device=self.ranks.device)])
+        totals = torch.cat([self.sums, self.data_sum[None], torch.tensor([self.data_count, self.count, sum(spread), len(spread)], dtype=torch.float64, device=self.ranks.device)])
         dist.all_reduce(totals)
-        *sums, count, spread_sum, spread_count = totals.tolist()
+        *sums, data_sum, data_count, count, spread_sum, spread_count = totals.tolist()
         largest = torch.stack([self.largest.double(), torch.tensor(float(peak_memory(self.ranks)), dtype=torch.float64, device=self.ranks.device)])
         dist.all_reduce(largest, op=dist.ReduceOp.MAX)
         seconds = time.perf_counter() - self.started - self.seconds["paused"]
         row = {name: value / max(count, 1) for name, value in zip(TRANSITION, sums)}
+        if data_count:
+            row["data_loss"] = data_sum / data_count
         row |= {"log_ratio_max": float(largest[0]), "grad_norm": sum(self.grad_norms) / max(len(self.grad_norms), 1)}
         for name, parts in self.rewards.items():
             scores = torch.cat(parts)

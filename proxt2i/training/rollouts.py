@@ -24,14 +24,13 @@ from proxt2i.training.randomness import sample_seeds
 class Experience:
     """One rank's images of a rollout, M of them, those of an update standing together: update u has rows u * m to (u + 1) * m - 1.
 
-    seeds: int64 [M].  states[i]: where transition i starts, float32 [M, *shape]; x0: where the chain ends.  text: a row for each of the rank's groups.
+    seeds: int64 [M].  states[i]: where transition i starts, float32 [M, *shape].  text: a row for each of the rank's groups.
     row: int64 [M], an image's row in text.  advantage: float32 [M].  scores: of the images of all ranks, {reward: [images]}.
     flat_groups: of all ranks, those whose images all have the same rewards.  spread: std of the x0 of a prompt, mean over elements and groups.
     """
 
     seeds: Tensor
     states: dict[int, Tensor]
-    x0: Tensor
     text: list[Tensor]
     row: Tensor
     advantage: Tensor
@@ -100,8 +99,7 @@ class Roller:
         results = [future.result() for future in futures]
         scores = {s.key: self._gather(torch.cat([r[s.key] for r in results])) for s in self.reward_settings}
         advantage, flat = advantages(scores, self.reward_settings, how.group_size, self.config.policy.advantage_clip)
-        x0 = torch.cat(latents)
-        return Experience(seeds, states, x0, text, rows, advantage[positions].to(device), scores, flat, _spread(x0, rows))
+        return Experience(seeds, states, text, rows, advantage[positions].to(device), scores, flat, _spread(torch.cat(latents), rows))
 
     def _gather(self, own: Tensor) -> Tensor:
         """A number for each image of this rank [M] -> of all ranks, in the rollout's order, on the CPU."""
