@@ -9,14 +9,13 @@ Progress is counted in images everywhere, so a setting means the same on one ran
 
 from __future__ import annotations
 
-import dataclasses
-import difflib
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import List, Optional
 
-from omegaconf import OmegaConf
-from omegaconf.errors import OmegaConfBaseException
+from proxt2i.config_files import check_choices, check_ranges, from_tree, keys_of, read_config, to_yaml
+
+__all__ = ["Config", "check_optim", "config_of", "field_names", "load_config", "to_yaml", "validate"]
 
 OBJECTIVES = ("prox", "score")
 TARGETS = ("noise", "expected")
@@ -146,34 +145,19 @@ def load_config(files: str | Path | list[str | Path] = (), overrides: list[str] 
 
     Raises ValueError for an unreadable file, an unknown key, a wrong type or a broken rule.
     """
-    config = OmegaConf.structured(Config)
-    for file in [files] if isinstance(files, (str, Path)) else files or ():
-        _assign_all(config, _read_yaml(Path(file)), source=str(file))
-    for override in overrides:
-        key, equals, text = override.partition("=")
-        if not equals or "." not in key:
-            raise ValueError(f"override {override!r}: expected section.key=value, for example optim.lr=1e-3")
-        _assign(config, key, _parse_value(override, text), source=f"override {override!r}")
-    config = OmegaConf.to_object(config)
+    config = read_config(Config, files, overrides)
     validate(config, world_size)
     return config
 
 
 def config_of(tree: dict, source: str) -> Config:
     """The Config that dataclasses.asdict made `tree` of, not validated. ValueError, naming `source`, if it is none."""
-    config = OmegaConf.structured(Config)
-    _assign_all(config, tree, source)
-    return OmegaConf.to_object(config)
-
-
-def to_yaml(config: Config) -> str:
-    return OmegaConf.to_yaml(OmegaConf.structured(config))
+    return from_tree(Config, tree, source)
 
 
 def field_names() -> list[str]:
     """Every dotted key, e.g. "optim.lr"."""
-    return [f"{section.name}.{key.name}" for section in dataclasses.fields(Config)
-            for key in dataclasses.fields(section.default_factory)]
+    return keys_of(Config)
 
 
 def validate(config: Config, world_size: int = 1) -> None:
@@ -183,72 +167,6 @@ def validate(config: Config, world_size: int = 1) -> None:
     _validate_paths(config)
     _validate_sizes(config)
     _validate_plans(config)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Reading: plain values in, one typed field at a time, so that an error knows where the value came from.
-
-
-def _read_yaml(path: Path) -> dict:
-    if not path.is_file():
-        raise ValueError(f"config file {path} does not exist")
-    try:
-        loaded = OmegaConf.to_container(OmegaConf.load(path))
-    except Exception as error:  # yaml and OmegaConf raise many kinds
-        raise ValueError(f"config file {path} is not valid YAML: {error}") from None
-    if not isinstance(loaded, dict):
-        raise ValueError(f"config file {path} must hold sections ({', '.join(_sections())}), not a {type(loaded).__name__}")
-    return loaded
-
-
-def _assign_all(config, tree: dict, source: str) -> None:
-    for key, value in _leaves(tree, source):
-        _assign(config, key, value, source)
-
-
-def _leaves(tree: dict, source: str):
-    """(dotted key, value) pairs of a two-level mapping."""
-    for section, values in tree.items():
-        if section not in _sections():
-            raise ValueError(_unknown(str(section), source, _sections()))
-        if values is None:
-            continue
-        if not isinstance(values, dict):
-            raise ValueError(f"{source}: section {section} must hold `key: value` lines, got {values!r}")
-        for key, value in values.items():
-            yield f"{section}.{key}", value
-
-
-def _parse_value(override: str, text: str):
-    try:
-        return OmegaConf.to_container(OmegaConf.from_dotlist([f"value={text}"]))["value"]
-    except Exception as error:
-        raise ValueError(f"override {override!r}: cannot read the value: {error}") from None
-
-
-def _assign(config, key: str, value, source: str) -> None:
-    if key not in field_names():
-        raise ValueError(_unknown(key, source, field_names()))
-    section, name = key.split(".")
-    try:
-        OmegaConf.update(config, key, value, merge=False)
-    except OmegaConfBaseException:
-        expected = Config.__dataclass_fields__[section].default_factory.__dataclass_fields__[name].type
-        raise ValueError(f"{source}: {key} must be {expected}, got {value!r} ({type(value).__name__})") from None
-
-
-def _unknown(key: str, source: str, names: list[str]) -> str:
-    close = difflib.get_close_matches(key, names, n=1, cutoff=0.5)
-    if not close and "." in key:  # right key, wrong section
-        close = [name for name in names if name.split(".")[1] == key.split(".")[1]]
-    own = [name for name in names if "." in key and name.startswith(key.split(".")[0] + ".")]
-    near = [f"did you mean {close[0]}?"] if close else []
-    hint = " ".join(near + ([f"valid: {', '.join(own or names)}"] if own or not close else []))
-    return f"{source}: unknown key {key}; {hint}"
-
-
-def _sections() -> list[str]:
-    return [section.name for section in dataclasses.fields(Config)]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -264,31 +182,26 @@ def _validate_ranges(config: Config) -> None:
     fractions = ("diffusion.caption_dropout", "optim.final_lr", "sample.guidance_below")
     choices = {"optim.name": OPTIMIZERS, "diffusion.objective": OBJECTIVES, "diffusion.target": TARGETS,
                "diffusion.score_times": SCORE_TIMES, "train.precision": PRECISIONS, "optim.schedule": LR_SCHEDULES}
-    for key in positive:
-        if not _get(config, key) > 0:
-            raise ValueError(f"{key} must be positive, got {_get(config, key)}")
-    for key in not_negative:
-        if not _get(config, key) >= 0:
-            raise ValueError(f"{key} must not be negative, got {_get(config, key)}")
-    for key in fractions:
-        if not 0 <= _get(config, key) <= 1:
-            raise ValueError(f"{key} must lie in [0, 1], got {_get(config, key)}")
-    for key, names in choices.items():
-        if _get(config, key) not in names:
-            raise ValueError(f"{key} must be one of {', '.join(names)}; got {_get(config, key)!r}")
-    if not 0 <= config.optim.momentum < 1:
-        raise ValueError(f"optim.momentum must lie in [0, 1), got {config.optim.momentum}")
-    betas = config.optim.betas
-    if len(betas) != 2 or not all(0 <= beta < 1 for beta in betas):
-        raise ValueError(f"optim.betas must be two numbers in [0, 1), got {betas}")
-    if config.optim.warmup_images >= config.train.images:
-        raise ValueError(f"optim.warmup_images ({config.optim.warmup_images}) must be less than train.images ({config.train.images})")
+    check_ranges(config, positive, not_negative, fractions)
+    check_choices(config, choices)
+    check_optim(config.optim, config.train.images)
     if config.train.peak_tflops is not None and not config.train.peak_tflops > 0:
         raise ValueError(f"train.peak_tflops must be positive, or null, got {config.train.peak_tflops}")
     if config.train.wandb is not None and not config.train.wandb.strip():
         raise ValueError("train.wandb must be the name of a project, or null")
     if not config.sample.prompts or not all(prompt.strip() for prompt in config.sample.prompts):
         raise ValueError("sample.prompts must hold at least one prompt and no empty one")
+
+
+def check_optim(optim: OptimConfig, images: int) -> None:
+    """The rules of the optim section of a run of `images` images, but for simple ranges."""
+    if not 0 <= optim.momentum < 1:
+        raise ValueError(f"optim.momentum must lie in [0, 1), got {optim.momentum}")
+    betas = optim.betas
+    if len(betas) != 2 or not all(0 <= beta < 1 for beta in betas):
+        raise ValueError(f"optim.betas must be two numbers in [0, 1), got {betas}")
+    if optim.warmup_images >= images:
+        raise ValueError(f"optim.warmup_images ({optim.warmup_images}) must be less than train.images ({images})")
 
 
 def _validate_batch(train: TrainConfig, world_size: int) -> None:
@@ -347,8 +260,3 @@ def _validate_paths(config: Config) -> None:
         raise ValueError(f"model.components: folder {components} does not exist")
     if init_from is not None and not Path(init_from).is_dir():
         raise ValueError(f"model.init_from: folder {init_from} does not exist; `python -m proxt2i.export RUN` makes one of a run")
-
-
-def _get(config: Config, key: str):
-    section, name = key.split(".")
-    return getattr(getattr(config, section), name)

@@ -101,7 +101,7 @@ class BareRanks:
 
     def __init__(self, *arguments, ranks=2, log: Path | None = None, program=None):
         context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(["proxt2i.training.loop", "deepspeed", *LAZY_IMPORTS])
+        context.set_forkserver_preload(["proxt2i.training.loop", "proxt2i.training.grpo", "deepspeed", *LAZY_IMPORTS])
         port, self.log = _free_port(), log
         self.processes = [context.Process(target=program or run_rank, args=(rank, ranks, port, list(map(str, arguments)), log))
                           for rank in range(ranks)]

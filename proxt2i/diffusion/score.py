@@ -9,7 +9,7 @@ with a draw z per row (none where b = 0), keyed like `proximal.sample`'s: one se
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -126,6 +126,15 @@ def sample_score(
     eps_fn(x, t, lam, guidance_scale) -> (eps_cond, eps_uncond or None), called with lam = 0: `proximal.guided` serves unchanged.
     callback(i, x, x_next) after step i.  The prediction of x_0 is not clipped.
     """
+    for i, x, x_next in score_trajectory(eps_fn, plan, shape, seeds, guidance_scale=guidance_scale, impl=impl, device=device):
+        if callback is not None:
+            callback(i, x, x_next)
+    return x_next
+
+
+def score_trajectory(eps_fn: EpsFn, plan: ScorePlan, shape: Sequence[int], seeds: Tensor | Sequence[int], *,
+                     guidance_scale: float | Sequence[float] = 1.0, impl: str | None = None, device=None) -> Iterator[tuple[int, Tensor, Tensor]]:
+    """`sample_score`, step by step and with gradients: yields (i, x, x_next) for i = 0, ..., N-1."""
     seeds = as_seeds(seeds, device)
     x = philox_normal(seeds, 0, tuple(shape), impl=impl)
     for i, (t, a, c, b, scale) in enumerate(zip(plan.t, plan.a, plan.c, plan.b, per_step(guidance_scale, plan.num_steps))):
@@ -133,10 +142,8 @@ def sample_score(
         # the fused step computes a (x - sqrt_lam eps) + b z
         row = step_row(c / a, guidance_scale=scale, a=a, b=b, draw=i + 1)
         _, x_next, _ = prox_step(x, eps_cond, eps_uncond, row, seeds=seeds, impl=impl, want_x=False)
-        if callback is not None:
-            callback(i, x, x_next)
+        yield i, x, x_next
         x = x_next
-    return x
 
 
 def euler_maruyama(eps_fn, num_steps, shape, seeds, *, schedule=VPSchedule(), **options) -> Tensor:

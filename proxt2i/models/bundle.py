@@ -39,6 +39,7 @@ class Settings:
     grid: str = "uniform"
     guidance_below: float = 0.35  # guide only steps with the noise of a time up to this one (1: all, 0: the last)
     objective: str = "prox"  # what the network was trained as: prox, or score (it is then asked for proxes through the exact equivalence)
+    extrapolation: float = 1.0  # memory of the plan relaxed; 0: none, as GRPO trains it
 
 
 @dataclass

@@ -78,11 +78,7 @@ class TextEncoder(nn.Module):
 
     def truncated(self, captions: list[str]) -> list[bool]:
         """Per caption: does any encoder cut it?"""
-        cut = [False] * len(captions)
-        for tokenizer, length in zip(self.tokenizers, self.lengths):
-            for row, ids in enumerate(tokenizer(list(captions), verbose=False)["input_ids"]):
-                cut[row] |= len(ids) > length
-        return cut
+        return _cut(self.tokenizers, self.lengths, captions)
 
     @property
     def device(self) -> torch.device:
@@ -125,6 +121,19 @@ def text_sizes(folder: Path | str) -> tuple[list[int], list[int]]:
 def encoder_names(folder: Path | str) -> list[str]:
     """Of the text encoders in a model folder, in order: "text_encoder", "text_encoder_2", ..."""
     return [encoder.name for _, encoder in _sources(folder)]
+
+
+def cut_captions(folder: Path | str, captions: list[str]) -> list[bool]:
+    """`truncated` of the TextEncoder in a folder, without loading weights. Raises ValueError as loading would."""
+    return _cut([_load_tokenizer(tokenizer) for tokenizer, _ in _sources(folder)], text_sizes(folder)[1], captions)
+
+
+def _cut(tokenizers: list, lengths: list[int], captions: list[str]) -> list[bool]:
+    cut = [False] * len(captions)
+    for tokenizer, length in zip(tokenizers, lengths):
+        for row, ids in enumerate(tokenizer(list(captions), verbose=False)["input_ids"]):
+            cut[row] |= len(ids) > length
+    return cut
 
 
 def _sources(folder: Path | str) -> list[tuple[Path, Path]]:

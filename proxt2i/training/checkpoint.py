@@ -44,6 +44,7 @@ class CheckpointStore:
     def __init__(self, run_dir: str | Path, ranks: Ranks, keep: int = 2):
         self.folder = Path(run_dir) / "checkpoints"
         self.ranks, self.keep = ranks, keep
+        self.protected: str | None = None  # name of a checkpoint that stays, however old
 
     def save(self, state: dict, write_rank: Callable[[Path], Path]) -> Path:
         """Collective. Every rank calls write_rank(folder), which returns the file it wrote. Returns the finished checkpoint's folder.
@@ -92,7 +93,8 @@ class CheckpointStore:
         fsync(self.folder)
         replace_text(self.folder / LATEST, final.name)
         for old in finished(self.folder)[self.keep:]:
-            shutil.rmtree(self.folder / old)
+            if old != self.protected:
+                shutil.rmtree(self.folder / old)
 
     def exist(self) -> bool:
         return bool(finished(self.folder))
@@ -103,6 +105,33 @@ class CheckpointStore:
         found = first_rank_does(self.ranks, lambda: None if wanted == "auto" and not run_dir.is_dir() else
                                 find_checkpoint(run_dir if wanted == "auto" else Path(wanted), say))
         return None if found is None else Checkpoint(found, read_state(found))
+
+
+    def choose(self, resume: str | None, config: dict, say: Callable[[str], None]) -> Checkpoint | None:
+        """Collective. Where a run begins: at nothing (None), or at the checkpoint that `resume` asks for ("auto" or a path; see `find`).
+
+        config: the run's settings, to say which have changed. ValueError when the run folder holds checkpoints and `resume` is None.
+        """
+        if resume is None:
+            if first_rank_does(self.ranks, self.exist):
+                raise ValueError(f"{self.folder} already holds checkpoints: add --resume to continue that run, "
+                                 "or choose another train.run_dir")
+            return None
+        checkpoint = self.find(resume, say)
+        if checkpoint is None:
+            say(f"--resume: no checkpoint in {self.folder}; starting from the beginning")
+        else:
+            say(f"resuming from {checkpoint.folder} ({checkpoint.images_seen:,} images)")
+            for change in _changed_settings(checkpoint.state["config"], config):
+                say(f"  changed since that checkpoint: {change}")
+        return checkpoint
+
+
+def _changed_settings(old: dict, new: dict) -> list[str]:
+    """"section.key: old -> new" for every setting that differs, except the run folder's place."""
+    return [f"{section}.{key}: {old.get(section, {}).get(key)} -> {value}"
+            for section, values in new.items() for key, value in values.items()
+            if old.get(section, {}).get(key) != value and key != "run_dir"]
 
 
 def finished(folder: Path) -> list[str]:

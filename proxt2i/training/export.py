@@ -7,11 +7,9 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from proxt2i.config import config_of
-from proxt2i.models.bundle import EMBEDDED, save_model
+from proxt2i.models.bundle import Settings, save_model
 from proxt2i.models.uvit import UViT2DModel
 from proxt2i.training.checkpoint import read_state
-from proxt2i.training.preview import settings_of
 from proxt2i.training.state import AVERAGE, SavedState
 
 
@@ -23,13 +21,13 @@ def export(checkpoint: Path, out: Path, weights: str = AVERAGE, dtype: torch.dty
     Raises ValueError for a checkpoint that is not whole.
     """
     state = read_state(checkpoint)
-    config, saved = config_of(state["config"], str(checkpoint)), SavedState(checkpoint)
+    saved = SavedState(checkpoint)
     uvit = network_of(state["network"])
     saved.load_weights(uvit, weights)
-    source = components or Path(config.model.components or EMBEDDED)
+    settings, source = Settings(**state["settings"]), components or Path(state["components"])
     if not source.is_dir():
         raise ValueError(f"the text encoder and VAE of {checkpoint} lay in {source}, which is not there: say where with --components FOLDER")
-    save_model(out, nn.Module.to(uvit, dtype=dtype), settings_of(config), source)
+    save_model(out, nn.Module.to(uvit, dtype=dtype), settings, source)
 
 
 def network_of(config: dict, weights: dict[str, Tensor] | None = None) -> UViT2DModel:

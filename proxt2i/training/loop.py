@@ -14,7 +14,7 @@ from proxt2i.config import Config, to_yaml
 from proxt2i.models.bundle import Bundle, load_uvit
 from proxt2i.models.uvit import UViT2DModel, build_uvit
 from proxt2i.training import distributed, engine as engines
-from proxt2i.training.checkpoint import Checkpoint, CheckpointStore, replace_text
+from proxt2i.training.checkpoint import CheckpointStore, replace_text
 from proxt2i.training.distributed import Ranks, StopFlag
 from proxt2i.training.ema import EMA
 from proxt2i.training.export import export, network_of
@@ -46,7 +46,7 @@ class Trainer:
         self.config, self.ranks = config, ranks
         self.run_dir = Path(config.train.run_dir)
         self.store = CheckpointStore(self.run_dir, ranks, config.train.keep_checkpoints)
-        checkpoint = self._choose_checkpoint(resume)
+        checkpoint = self.store.choose(resume, asdict(config), self._say)
         self.images_seen = checkpoint.images_seen if checkpoint else 0
         self.saved = checkpoint.folder if checkpoint else None  # holds the state after `saved_at` images
         self.saved_at = self.images_seen
@@ -191,7 +191,8 @@ class Trainer:
     def save(self) -> None:
         """Write a checkpoint. Collective."""
         state = {"images_seen": self.images_seen, "world_size": self.ranks.world_size, "guard": self.guard.state(),
-                 "config": asdict(self.config), "network": dict(self.uvit.config)}
+                 "config": asdict(self.config), "network": dict(self.uvit.config), "settings": asdict(settings_of(self.config)),
+                 "components": str(self.feed.components)}
         self.saved = self.store.save(state, lambda folder: write_rank(folder, self.partition, self.ema, self.optimizer))
         self.saved_at = self.images_seen
 
@@ -202,21 +203,6 @@ class Trainer:
             self._say(f"finished {self.images_seen:,} images; model: {self.run_dir / 'model'}")
 
     # -- set-up -------------------------------------------------------------------------------------------------------
-
-    def _choose_checkpoint(self, resume: str | None) -> Checkpoint | None:
-        if resume is None:
-            if distributed.first_rank_does(self.ranks, self.store.exist):
-                raise ValueError(f"{self.store.folder} already holds checkpoints: add --resume to continue that run, "
-                                 "or choose another train.run_dir")
-            return None
-        checkpoint = self.store.find(resume, self._say)
-        if checkpoint is None:
-            self._say(f"--resume: no checkpoint in {self.store.folder}; starting from the beginning")
-        else:
-            self._say(f"resuming from {checkpoint.folder} ({checkpoint.images_seen:,} images)")
-            for change in changed_settings(checkpoint.state["config"], asdict(self.config)):
-                self._say(f"  changed since that checkpoint: {change}")
-        return checkpoint
 
     def _build_uvit(self) -> UViT2DModel:
         """The network, the same on every rank."""
@@ -259,10 +245,3 @@ def warm_start(uvit: UViT2DModel, folder: Path) -> None:
         source.resize_(uvit.config.sample_size)
     check_same_network(uvit, dict(source.config), f"model.init_from: {folder}")
     uvit.load_state_dict(source.state_dict())
-
-
-def changed_settings(old: dict, new: dict) -> list[str]:
-    """"section.key: old -> new" for every setting that differs, except the run folder's place."""
-    return [f"{section}.{key}: {old.get(section, {}).get(key)} -> {value}"
-            for section, values in new.items() for key, value in values.items()
-            if old.get(section, {}).get(key) != value and key != "run_dir"]

@@ -51,8 +51,8 @@ class Tracker:
         self._bar.clear()
         print(message, flush=True)
 
-    def log(self, row: dict[str, float]) -> None:
-        """Write one row; row["images"] is the x-axis everywhere."""
+    def log(self, row: dict[str, float], brief: str | None = None) -> None:
+        """Write one row; row["images"] is the x-axis everywhere. brief: what the console shows of it (default: loss, gradient, learning rate)."""
         with open(self._stats, "a") as file:
             file.write(json.dumps(row) + "\n")
         curves = {_curve(key): value for key, value in row.items() if key != "images"}
@@ -61,12 +61,13 @@ class Tracker:
                 self._writer.add_scalar(name, value, row["images"])
         if self._wandb is not None:
             self._wandb.log({"images": row["images"], **curves})
-        brief = f"loss {row['loss']:.4f}  grad {row['grad_norm']:.3f}  lr {row['lr']:.2e}"
+        brief = brief or f"loss {row['loss']:.4f}  grad {row['grad_norm']:.3f}  lr {row['lr']:.2e}"
         if self._bar.disable:
             remaining = max(0, self._total - row["images"]) / max(row["images_per_s"], 1e-9)
             mfu = f"  MFU {row['mfu']:.0%}" if "mfu" in row else ""
-            print(f"{row['images']:>10,}/{self._total:,} images  {brief}  {row['images_per_s']:.0f} img/s{mfu}  "
-                  f"data wait {row['data_wait']:.0%}  {remaining / 60:.1f} min left", flush=True)
+            wait = f"  data wait {row['data_wait']:.0%}" if "data_wait" in row else ""
+            print(f"{row['images']:>10,}/{self._total:,} images  {brief}  {row['images_per_s']:.0f} img/s{mfu}{wait}  "
+                  f"{remaining / 60:.1f} min left", flush=True)
         else:
             self._bar.set_postfix_str(brief)
 

@@ -1,0 +1,41 @@
+"""GRPO's arithmetic: advantages within groups, and the clipped surrogate of a transition. No networks, no ranks."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from proxt2i.rewards import RewardSettings, combine
+
+
+def advantages(scores: dict[str, Tensor], settings: Sequence[RewardSettings], group_size: int, clip: float) -> tuple[Tensor, int]:
+    """(advantage of every image, float32 [B]; number of groups that can teach nothing).
+
+    scores: of each reward, [B], images of a group standing together. An image's advantage is the weighted sum of its rewards, each less its
+    group's mean and over its group's standard deviation (`rewards.combine`), clipped to +-clip. Where no reward tells a group's
+    images apart it is exactly 0.
+    """
+    group = torch.arange(len(next(iter(scores.values())))) // group_size
+    by_group = torch.stack([scores[s.key].cpu().reshape(-1, group_size) for s in settings if s.weight])
+    flat = (by_group.amax(2) == by_group.amin(2)).all(0)  # [groups]
+    total = combine(scores, settings, group).clamp(-clip, clip)
+    return torch.where(flat[group], 0.0, total), int(flat.sum())
+
+
+def surrogate(log_ratio: Tensor, advantage: Tensor, clip: float, elements: int) -> tuple[Tensor, Tensor]:
+    """(what is to be maximised [B], whether an image is outside the trust region and gets no gradient, bool [B]).
+
+    With r the likelihood ratio of a transition of d = `elements` dimensions, the d-th root r^(1/d) is PPO's ratio here, as in Flow-GRPO and
+    DanceGRPO (log densities averaged over d), and clip / d its range; times d, so that gradients and the weight of the KL divergence do
+    not depend on d:    min(s A, clamp(s, -clip, clip) A),    s = d (r^(1/d) - 1), which is log r for large d.
+
+    Why the root: r itself is e^N(-K, 2K), and its variance makes an update on a transition of K nats useless at once; s has the same
+    gradient at r = 1, and log r's everywhere. Why a range that is constant in nats of the whole transition: it bounds how
+    far the two densities are apart, whatever the size of the picture. Flow-GRPO's 1e-4 at d = 16,384 is clip = 1.6.
+    """
+    s = elements * torch.expm1(log_ratio / elements)
+    value = torch.minimum(s * advantage, s.clamp(-clip, clip) * advantage)
+    outside = torch.where(advantage > 0, s > clip, s < -clip) & (advantage != 0)
+    return value, outside

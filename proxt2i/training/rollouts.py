@@ -1,0 +1,115 @@
+"""Rollouts: this rank's share of a round of images, drawn, decoded and scored; advantages among the images of all ranks."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from proxt2i.data.prompts import Prompts
+from proxt2i.diffusion import Policy, guided, prox_from_eps, rollout
+from proxt2i.diffusion.proximal import EpsFn
+from proxt2i.grpo_config import GrpoConfig, images_per_update
+from proxt2i.models.bundle import Settings
+from proxt2i.rewards import Scorer, load_reward, settings_of
+from proxt2i.training.advantage import advantages
+from proxt2i.training.distributed import Ranks
+from proxt2i.training.randomness import sample_seeds
+
+
+@dataclass
+class Experience:
+    """One rank's images of a rollout, M of them, those of an update standing together: update u has rows u * m to (u + 1) * m - 1.
+
+    seeds: int64 [M].  states[i]: where transition i starts, float32 [M, *shape].  text: a row for each of the rank's groups.
+    row: int64 [M], an image's row in text.  advantage: float32 [M].  scores: of the images of all ranks, {reward: [images]}.
+    flat_groups: of all ranks, those whose images all have the same rewards.  spread: std of the x0 of a prompt, mean over elements and groups.
+    """
+
+    seeds: Tensor
+    states: dict[int, Tensor]
+    text: list[Tensor]
+    row: Tensor
+    advantage: Tensor
+    scores: dict[str, Tensor]
+    flat_groups: int
+    spread: float
+
+
+class Roller:
+    """Draws rollouts. Which prompts and which noise follow from (seed, images seen) alone; groups may lie across ranks."""
+
+    def __init__(self, config: GrpoConfig, settings: Settings, policy: Policy, prompts: Prompts, text_encoder, codec, shape, ranks: Ranks):
+        self.config, self.settings, self.policy, self.prompts, self.ranks = config, settings, policy, prompts, ranks
+        self.text_encoder, self.codec, self.shape = text_encoder, codec, shape
+        self.null_text = text_encoder([""])
+        self.reward_settings = settings_of(config.rewards.train, "rewards.train")
+        self.scorer = Scorer([load_reward(s, ranks.device) for s in self.reward_settings])
+        self.per_update = images_per_update(config)
+        self.per_rank = self.per_update // ranks.world_size
+
+    @property
+    def images(self) -> int:
+        """Of one rollout, all ranks together."""
+        return self.per_update * self.config.rollout.updates
+
+    def eps_fn(self, network, text: list[Tensor]) -> EpsFn:
+        """The network as `diffusion` takes it, with the frozen parts of guidance: text [B, L_i, D_i]."""
+        eps_fn = guided(network, text, self.null_text)
+        is_prox_of_score = self.settings.objective == "score" and hasattr(self.policy.plan, "lam")
+        return prox_from_eps(eps_fn, self.policy.plan.schedule) if is_prox_of_score else eps_fn
+
+    def positions(self) -> np.ndarray:
+        """Of this rank's images among those of the rollout, int64 [M]: its slice of every update's."""
+        first = np.arange(self.config.rollout.updates)[:, None] * self.per_update + self.ranks.rank * self.per_rank
+        return (first + np.arange(self.per_rank)).reshape(-1)
+
+    @torch.no_grad()
+    def draw(self, network, images_seen: int, steps: tuple[int, ...], stop=lambda: False) -> Experience | None:
+        """The rollout that begins after `images_seen` images, of which the transitions `steps` will be trained. Collective.
+
+        stop: collective, asked after every batch; None comes back when it says so. RewardError when a reward fails.
+        """
+        how, device = self.config.rollout, self.ranks.device
+        positions = self.positions()
+        groups = positions // how.group_size
+        first_group = images_seen // how.group_size
+        own = np.unique(groups)
+        numbers = self.prompts.order(self.config.train.seed, first_group + int(own[0]), int(own[-1] - own[0]) + 1)[own - own[0]]
+        text = self.text_encoder([self.prompts.texts[n] for n in numbers])
+        row = np.searchsorted(own, groups)
+        seeds = torch.from_numpy(sample_seeds(self.config.train.seed, images_seen + positions)).to(device)
+        rows = torch.from_numpy(row).to(device)
+        store = "cpu" if how.store == "cpu" else None
+        parts, latents, futures = [], [], []
+        for chosen in torch.arange(len(positions), device=device).split(how.batch):
+            eps_fn = self.eps_fn(network, [t[rows[chosen]] for t in text])
+            part = rollout(eps_fn, self.policy, self.shape, seeds[chosen], steps=steps, store=store)
+            pictures = self.codec.decode(part.x0).add(1).div(2)
+            asked = numbers[row[chosen.cpu().numpy()]].tolist()
+            futures.append(self.scorer.submit(pictures, [self.prompts.texts[n] for n in asked], [self.prompts.metadata[n] for n in asked]))
+            parts.append(part.states)
+            latents.append(part.x0)
+            if stop():
+                return None
+        states = {i: torch.cat([part[i] for part in parts]) for i in steps}
+        results = [future.result() for future in futures]
+        scores = {s.key: self._gather(torch.cat([r[s.key] for r in results])) for s in self.reward_settings}
+        advantage, flat = advantages(scores, self.reward_settings, how.group_size, self.config.policy.advantage_clip)
+        return Experience(seeds, states, text, rows, advantage[positions].to(device), scores, flat, _spread(torch.cat(latents), rows))
+
+    def _gather(self, own: Tensor) -> Tensor:
+        """A number for each image of this rank [M] -> of all ranks, in the rollout's order, on the CPU."""
+        own = own.to(self.ranks.device)
+        parts = [torch.empty_like(own) for _ in range(self.ranks.world_size)]
+        dist.all_gather(parts, own)
+        return torch.stack([part.reshape(self.config.rollout.updates, -1) for part in parts], 1).reshape(-1).cpu()
+
+
+def _spread(latents: Tensor, rows: Tensor) -> float:
+    """Mean standard deviation of the elements of a group's latents; groups with one image on this rank do not count."""
+    spreads = [latents[rows == row].var(0).mean().sqrt() for row in rows.unique() if (rows == row).sum() > 1]
+    return float(torch.stack(spreads).mean()) if spreads else float("nan")
