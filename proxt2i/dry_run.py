@@ -14,7 +14,7 @@ from safetensors import safe_open
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from proxt2i.config import Config
+from proxt2i.config import Config, DataConfig
 from proxt2i.data.buckets import assign, describe
 from proxt2i.data.latent_shards import LatentDataset, is_latent_folder
 from proxt2i.data.latents import check_latents
@@ -26,7 +26,7 @@ from proxt2i.models.text import text_sizes
 from proxt2i.models.uvit import UViT2DModel
 from proxt2i.models.vae import codec_sizes
 from proxt2i.training.engine import _parameter_groups, fill_deepspeed_json
-from proxt2i.training.feed import check_buckets, wanted_buckets
+from proxt2i.training.feed import check_sizes, wanted_buckets
 from proxt2i.training.loop import uvit_of
 
 H100_TFLOPS = 989.0  # dense bf16, where train.peak_tflops names no other
@@ -44,7 +44,7 @@ def dry_run(config: Config, deepspeed_json: dict, world_size: int, say=print) ->
     filled = fill_deepspeed_json(deepspeed_json, train, config.optim, world_size, num_params, on_gpu=True)
     zero, micro_batch = filled["zero_optimization"], filled["train_micro_batch_size_per_gpu"]
     bf16 = train.precision != "fp32"
-    data, buckets, bucket = _data(config, components, factor)
+    data, buckets, bucket = _data(config.data, components, factor * uvit.config.patch_size)
     shares = np.bincount(bucket, minlength=len(buckets)) / max(len(bucket), 1)
     sizes = [(height // factor, width // factor) for height, width in buckets]
     largest = max((size for size, share in zip(sizes, shares) if share), key=lambda size: size[0] * size[1])
@@ -166,9 +166,9 @@ def _say_memory(say, parts: dict[str, int], frozen: int) -> None:
         say(f"  {name:<{width}}  {size / 2**30:>9.3f}")
 
 
-def _data(config: Config, components: Path, factor: int) -> tuple[str, list[tuple[int, int]], np.ndarray]:
+def _data(data: DataConfig, components: Path, multiple: int) -> tuple[str, list[tuple[int, int]], np.ndarray]:
     """What there is, the (height, width) in pixels of every bucket, and the bucket of every image."""
-    data, wanted = config.data, wanted_buckets(config, factor)
+    wanted = wanted_buckets(data, multiple)
     square = [(data.image_size, data.image_size)]
     if data.shards != "portraits" and is_latent_folder(data.shards):
         dataset = LatentDataset(data.shards)
@@ -182,7 +182,7 @@ def _data(config: Config, components: Path, factor: int) -> tuple[str, list[tupl
         index = index_shards(data.shards)
         text, buckets = f"{data.shards}: {index.summary()}", wanted or square
         bucket = assign(index.sizes, buckets)
-    check_buckets(config, factor, buckets)
+    check_sizes(buckets, multiple)
     return text + (f"; {describe(buckets, bucket)}" if len(buckets) > 1 else ""), buckets, bucket
 
 

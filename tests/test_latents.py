@@ -281,7 +281,8 @@ def test_batches_from_latents_are_those_from_images(components, shards, settings
     common = dict(model__components=both, data__flip="true", data__workers=0)
     feeds = []
     for change in (dict(data__shards=tmp_path / "out"), dict(data__cache_latents="false"), dict(data__cache_dir=tmp_path / "cache")):
-        feeds.append(Feed(load_config(None, overrides(settings, **common, **change)), ranks, 16))
+        data = load_config(None, overrides(settings, **common, **change)).data
+        feeds.append(Feed(data, both, ranks, 16, patch_size=2, seed=0, run_dir=tmp_path))
         feeds[-1].open(32, print)
     for _ in range(10):
         stored, direct, cached = (feed.next() for feed in feeds)

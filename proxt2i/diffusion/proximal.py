@@ -11,7 +11,6 @@ from torch import Tensor
 
 from ..ops import philox_normal, prox_step, step_row
 from .plan import Plan
-from .schedule import VPSchedule
 
 # eps_fn(y, t, lam, guidance_scale) -> (eps_cond, eps_uncond, or None where guidance_scale is 1)
 EpsFn = Callable[[Tensor, Tensor, Tensor, float], tuple[Tensor, Tensor | None]]

@@ -90,7 +90,7 @@ def download(hub_id: str, commit: str, files: list[str]) -> Path:
 
 
 def how_to_get(name: str, source: Source, folder: Path) -> str:
-    lines = [f"To get them (COMMIT: 40 digits, from https://huggingface.co/HUB_ID/commits/main; it is worth noting down):",
+    lines = ["To get them (COMMIT: 40 digits, from https://huggingface.co/HUB_ID/commits/main; it is worth noting down):",
              *(f"  hf download {hub} {files} --revision COMMIT --local-dir {folder}" for hub, files in source.downloads)]
     if source.notes:
         lines.append("  " + source.notes)

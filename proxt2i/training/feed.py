@@ -11,16 +11,15 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from proxt2i.config import Config, DataConfig
+from proxt2i.config import DataConfig
 from proxt2i.data.buckets import describe, make_buckets
 from proxt2i.data.latent_shards import LatentDataset, fingerprint, is_latent_folder
 from proxt2i.data.latents import check_latents, describe_latents, encode_shards
 from proxt2i.data.loader import BatchLoader
 from proxt2i.data.shards import ShardDataset, index_shards
-from proxt2i.models.bundle import EMBEDDED, load_components
+from proxt2i.models.bundle import load_components
 from proxt2i.models.files import component_digests
 from proxt2i.models.text import encoder_names
-from proxt2i.models.uvit import PRESETS
 from proxt2i.training.distributed import Ranks, first_rank_does, gather_objects
 
 
@@ -39,44 +38,50 @@ class Batch:
 
 
 class Feed:
-    """Endless batches of one rank from `images_seen` on, encoded by the frozen codec and text encoder or read from latents."""
+    """Endless batches of one rank from `images_seen` on, encoded by the frozen codec and text encoder or read from latents.
 
-    def __init__(self, config: Config, ranks: Ranks, batch_size: int, dtype: torch.dtype = torch.float32):
-        self.components = Path(config.model.components or EMBEDDED)
-        self.text, self.codec = load_components(self.components, ranks.device, dtype)
+    components: the model folder of both.  patch_size: of the network (latent pixels).  seed: of the order and the flips.
+    run_dir: where bad samples are listed.
+    """
+
+    def __init__(self, data: DataConfig, components: Path, ranks: Ranks, batch_size: int, *, patch_size: int, seed: int, run_dir: Path,
+                 dtype: torch.dtype = torch.float32):
+        self.components = components
+        self.text, self.codec = load_components(components, ranks.device, dtype)
         self.null_text = self.text([""])
-        self._names = encoder_names(self.components)
-        self._config, self._ranks, self._batch_size = config, ranks, batch_size
+        self._names = encoder_names(components)
+        self._data, self._ranks, self._batch_size, self._seed, self._run_dir = data, ranks, batch_size, seed, run_dir
+        self._multiple = self.codec.factor * patch_size
         self._compute = "bf16" if dtype == torch.bfloat16 else "fp32"
 
     def open(self, images_seen: int, say) -> None:
         """Find (or draw, or encode) the data; then iterate. `say(message)` reports what was found."""
-        config, data, ranks = self._config, self._config.data, self._ranks
+        data, ranks, buckets = self._data, self._ranks, wanted_buckets(self._data, self._multiple)
         folder = first_rank_does(ranks, lambda: prepare_shards(data))
         if is_latent_folder(folder):
             dataset = LatentDataset(folder)
             digests = first_rank_does(ranks, lambda: component_digests(self.components, [encoder["name"] for encoder in dataset.about["text"]]))
-            check_latents(dataset, data.image_size, wanted_buckets(config, self.codec.factor), data.flip, digests)
+            check_latents(dataset, data.image_size, buckets, data.flip, digests)
             say(f"data: {folder}: {dataset.summary()}")
         else:
             say(f"data: {folder}: {first_rank_does(ranks, lambda: index_shards(folder).summary())}")
             index = index_shards(folder)  # the others read the index that rank 0 left
-            dataset = ShardDataset(index, data.image_size, buckets=wanted_buckets(config, self.codec.factor))
+            dataset = ShardDataset(index, data.image_size, buckets=buckets)
             if data.cache_latents:
                 dataset = self._encode(dataset)
-        check_buckets(config, self.codec.factor, dataset.buckets)
+        check_sizes(dataset.buckets, self._multiple)
         if len(dataset.buckets) > 1:
             say(f"      {describe(dataset.buckets, dataset.bucket)}")
         self._stored = [encoder["name"] for encoder in dataset.about["text"]] if isinstance(dataset, LatentDataset) else []
         self._loader = BatchLoader(
-            dataset, self._batch_size, seed=config.train.seed, images_seen=images_seen, rank=ranks.rank, world=ranks.world_size,
+            dataset, self._batch_size, seed=self._seed, images_seen=images_seen, rank=ranks.rank, world=ranks.world_size,
             device=ranks.device, num_workers=data.workers, flip=data.flip, max_bad=data.max_bad, timeout_s=data.timeout_s,
-            bad_list=Path(config.train.run_dir) / "bad_samples.jsonl")
+            bad_list=self._run_dir / "bad_samples.jsonl")
         self._shared: set = set()
 
     def _encode(self, dataset: ShardDataset) -> LatentDataset:
         """The latents of a small data set, in memory; encoded once and kept in data.cache_dir."""
-        data, ranks = self._config.data, self._ranks
+        data, ranks = self._data, self._ranks
         about = describe_latents(dataset, data.image_size, self.codec, component_digests(self.components, self._names), text=self.text,
                                  names=self._names, mirrored=data.flip, compute=self._compute)
         folder = Path(data.cache_dir) / f"latents-{fingerprint(about)[:16]}"
@@ -111,23 +116,19 @@ class Feed:
         self._loader.close()
 
 
-def pixels_per_token(config: Config, factor: int) -> int:
-    """Pixels that every image side is a multiple of: pixels per latent times model.patch_size."""
-    return factor * (config.model.patch_size or PRESETS.get(config.model.preset, {}).get("patch_size", 1))
+def wanted_buckets(data: DataConfig, multiple: int) -> list[tuple[int, int]] | None:
+    """(height, width) of the buckets that the config asks for; None: it asks for none, and the images are squares or the latents' own.
 
-
-def wanted_buckets(config: Config, factor: int) -> list[tuple[int, int]] | None:
-    """(height, width) of the buckets that the config asks for; None: it asks for none, and the images are squares or the latents' own."""
-    data = config.data
+    multiple: pixels that every side is a multiple of, those of a latent times the network's patch size.
+    """
     if not data.buckets and data.max_aspect == 1:
         return None
-    return make_buckets(data.image_size, pixels_per_token(config, factor), data.buckets, data.max_aspect)
+    return make_buckets(data.image_size, multiple, data.buckets, data.max_aspect)
 
 
-def check_buckets(config: Config, factor: int, buckets: list[tuple[int, int]]) -> None:
-    """ValueError unless the U-ViT can be trained on every size, and the sample grid drawn."""
-    for sizes in ([f"{height}x{width}" for height, width in buckets], [config.sample.size] if config.sample.size else []):
-        make_buckets(config.data.image_size, pixels_per_token(config, factor), sizes)
+def check_sizes(sizes: list[tuple[int, int]], multiple: int) -> None:
+    """ValueError unless every (height, width) is a multiple of `multiple` pixels."""
+    make_buckets(0, multiple, [f"{height}x{width}" for height, width in sizes])
 
 
 def prepare_shards(data: DataConfig) -> str:

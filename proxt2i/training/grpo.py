@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
@@ -106,7 +106,8 @@ class GrpoTrainer:
             saved.load_training(self.partition, self.ema, self.optimizer)
         self.feed = self.objective = None
         if config.policy.data_weight:
-            self.feed = Feed(replace(config, model=replace(config.model, components=str(self.components))), ranks, self.roller.per_rank)
+            self.feed = Feed(config.data, self.components, ranks, self.roller.per_rank, patch_size=self.uvit.config.patch_size, seed=train.seed,
+                             run_dir=self.run_dir, dtype=torch.bfloat16 if self.bf16 else torch.float32)
             self.objective = Objective(data_objective(config, initial_settings), train.seed)
         self.meter = GrpoMeter(ranks)
         self.evaluate = Evaluator(config, self.roller) if config.guard.every else None

@@ -10,15 +10,16 @@ from pathlib import Path
 
 import torch
 
-from proxt2i.config import Config, to_yaml
-from proxt2i.models.bundle import Bundle, load_uvit
-from proxt2i.models.uvit import UViT2DModel, build_uvit
+from proxt2i.config import Config, ModelConfig, to_yaml
+from proxt2i.data.buckets import parse_size
+from proxt2i.models.bundle import EMBEDDED, Bundle, load_uvit
+from proxt2i.models.uvit import PRESETS, UViT2DModel, build_uvit
 from proxt2i.training import distributed, engine as engines
 from proxt2i.training.checkpoint import CheckpointStore, replace_text
 from proxt2i.training.distributed import Ranks, StopFlag
 from proxt2i.training.ema import EMA
 from proxt2i.training.export import export, network_of
-from proxt2i.training.feed import Feed, pixels_per_token
+from proxt2i.training.feed import Feed, check_sizes
 from proxt2i.training.meter import Meter
 from proxt2i.training.objective import Objective
 from proxt2i.training.preview import draw_grid, settings_of
@@ -57,7 +58,8 @@ class Trainer:
 
         on_gpu = ranks.device.type == "cuda"
         self.bf16 = config.train.precision == "bf16" or (config.train.precision == "auto" and on_gpu)
-        self.feed = Feed(config, ranks, per_rank, torch.bfloat16 if self.bf16 else torch.float32)
+        self.feed = Feed(config.data, Path(config.model.components or EMBEDDED), ranks, per_rank, patch_size=patch_size_of(config.model),
+                         seed=config.train.seed, run_dir=self.run_dir, dtype=torch.bfloat16 if self.bf16 else torch.float32)
         self.objective = Objective(config.diffusion, config.train.seed)
         self.uvit = self._build_uvit()
         saved = SavedState(checkpoint.folder) if checkpoint else None
@@ -221,11 +223,17 @@ def uvit_of(config: Config, channels: int, factor: int, text_dims: list[int], te
     settings = {key: value for key, value in asdict(config.model).items() if value is not None and key not in ("preset", "components", "init_from")}
     if config.diffusion.precondition:
         settings["betas"] = [config.diffusion.beta_min, config.diffusion.beta_max]
-    step = pixels_per_token(config, factor)
-    if config.data.image_size % step:
-        raise ValueError(f"data.image_size ({config.data.image_size}) must be a multiple of {step}: pixels per latent times model.patch_size")
+    multiple = factor * patch_size_of(config.model)
+    if config.data.image_size % multiple:
+        raise ValueError(f"data.image_size ({config.data.image_size}) must be a multiple of {multiple}: pixels per latent times model.patch_size")
+    if config.sample.size:
+        check_sizes([parse_size(config.sample.size)], multiple)
     return build_uvit(config.model.preset, sample_size=config.data.image_size // factor, in_channels=channels, text_dims=text_dims,
                       text_lengths=text_lengths, **settings)
+
+
+def patch_size_of(model: ModelConfig) -> int:
+    return model.patch_size or PRESETS.get(model.preset, {}).get("patch_size", 1)
 
 
 def check_same_network(uvit: UViT2DModel, saved: dict, source: str) -> None:
