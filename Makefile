@@ -8,10 +8,11 @@ BIN := $(abspath $(VENV))/bin
 STAMP := $(VENV)/.installed
 SOURCES := setup.py pyproject.toml constraints.txt CMakeLists.txt $(wildcard csrc/*.* csrc/common/* csrc/cpu/* csrc/cuda/*)
 CUDA_BUILD := build/cuda-check
+REWARDS_CHECK := build/rewards-check
 export PATH := $(BIN):$(PATH)
 
 .DEFAULT_GOAL := help
-.PHONY: help venv test soak demo emulate cuda-check gpu-check clean check-machine
+.PHONY: help venv test soak demo emulate rewards-check cuda-check gpu-check clean check-machine
 
 help:
 	@echo "make demo        draw a data set, train a model on it, sample and evaluate (sets itself up first)"
@@ -19,6 +20,7 @@ help:
 	@echo "make soak        kill -9 a two-rank run 20 times and compare it with an unbroken one, change its ranks, fill its disk (minutes); KILLS=20"
 	@echo "make venv        only the set-up: $(VENV) with everything that constraints.txt names, and the native extension"
 	@echo "make emulate     run the CUDA kernels on the CPU, under sanitizers (make test does too; needs gcc); ARGS='-k name' goes to pytest"
+	@echo "make rewards-check  compare our rewards with the public packages (installs those into $(REWARDS_CHECK)/venv; make test compares with the scores kept)"
 	@echo "make cuda-check  compile the CUDA kernels for sm_80 and sm_90a, and say what they use (needs nvcc, no GPU)"
 	@echo "make gpu-check   build the CUDA kernels for this GPU, test them and time them (needs nvcc and a torch with CUDA; sets nothing up)"
 	@echo "make clean       remove $(VENV), build output and caches"
@@ -65,6 +67,20 @@ demo: $(STAMP)
 
 emulate: $(STAMP)
 	@"$(BIN)/python" tests/test_emulated.py $(ARGS)
+
+# hpsv2 and image-reward want versions that nothing else here does, so they get an environment of their own.
+$(REWARDS_CHECK)/.installed: $(wildcard tests/rewards_vs_packages/*.txt) constraints.txt
+	@mkdir -p $(REWARDS_CHECK) && grep -E '^(torch|numpy|scipy|pillow)==' constraints.txt > $(REWARDS_CHECK)/constraints.txt
+	@[ -x $(REWARDS_CHECK)/venv/bin/python ] || "$(PYTHON)" -m venv $(REWARDS_CHECK)/venv
+	@$(REWARDS_CHECK)/venv/bin/python -m pip install --disable-pip-version-check -q $(PIP_ARGS) -c $(REWARDS_CHECK)/constraints.txt \
+	  -r tests/rewards_vs_packages/requirements.txt
+	@$(REWARDS_CHECK)/venv/bin/python -m pip install --disable-pip-version-check -q $(PIP_ARGS) --no-deps --no-build-isolation \
+	  -r tests/rewards_vs_packages/requirements-no-deps.txt
+	@touch $@
+
+rewards-check: $(STAMP) $(REWARDS_CHECK)/.installed
+	@OMP_NUM_THREADS=1 $(REWARDS_CHECK)/venv/bin/python -W ignore tests/rewards_vs_packages/score_with_packages.py $(REWARDS_CHECK)
+	@OMP_NUM_THREADS=1 PROXT2I_GOLDEN=$(REWARDS_CHECK)/golden.json "$(BIN)/python" -m pytest -q $(ARGS) tests/test_rewards_golden.py tests/rewards_vs_packages/tokens.py
 
 # --clean-first: ptxas reports on a kernel only when it compiles it.
 cuda-check: $(STAMP)

@@ -1,5 +1,6 @@
 """The interface of rewards, and the rewards whose weights ship with the package or that need none."""
 
+import json
 import random
 import threading
 
@@ -7,8 +8,9 @@ import pytest
 import torch
 
 from proxt2i.data.portraits import draw_attributes, make_arrays, write_caption
-from proxt2i.images import to_pil, to_uint8
-from proxt2i.rewards import RewardError, RewardSettings, Scorer, combine, load_reward, read_settings, score, settings_of
+from proxt2i.images import save_png, to_pil, to_uint8
+from proxt2i.rewards import REWARDS, RewardError, RewardSettings, Scorer, combine, load_reward, read_settings, score, settings_of
+from proxt2i.rewards.__main__ import main
 from proxt2i.rewards.portraits import read_caption
 from proxt2i.rewards.preprocess import quantise
 
@@ -187,3 +189,48 @@ def test_pickscore_of_the_embedded_clip_is_its_logit(portraits):
         expected = load_clip(ASSETS / "clip")(pixel_values=pixels(quantise(images)), **tokenize(tokenizer, captions)).logits_per_image.diagonal()
     torch.testing.assert_close(scores, expected, atol=1e-4, rtol=0)
     assert (scores > score([reward], images, captions[1:] + captions[:1])["pickscore"]).float().mean() > 0.95
+
+
+# -- the command ------------------------------------------------------------------------------------------------------
+
+
+def test_files_are_scored_by_the_prompt_that_they_carry(portraits, tmp_path, capsys):
+    images, captions, metadata = portraits
+    files = [save_png(to_pil(quantise(images)[i]), tmp_path / f"{i}.png", {"prompt": captions[i]}) for i in range(2)]
+    to_pil(quantise(images)[2]).resize((96, 64)).save(tmp_path / "2.png")
+    flags = ["--reward", "portraits,pickscore", "--set", "pickscore.path=portraits", "--json", "--device", "cpu"]
+    assert main([str(f) for f in files] + flags) == 0
+    rows = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    rewards = [load_reward(s) for s in settings_of(["portraits", {"name": "pickscore", "path": "portraits"}])]
+    expected = score(rewards, images[:2], captions[:2])
+    for i, row in enumerate(rows):
+        assert row["prompt"] == captions[i] and row["portraits"] == 1.0 and row["pickscore"] == pytest.approx(expected["pickscore"][i].item(), abs=1e-4)
+    assert main([str(files[0]), str(tmp_path / "2.png"), "--prompt", captions[0], *flags]) == 0  # of two sizes
+    assert json.loads(capsys.readouterr().out.splitlines()[0]) == rows[0]
+
+
+def test_mistakes_on_the_command_line_are_explained(portraits, tmp_path, capsys):
+    to_pil(quantise(portraits[0])[0]).save(tmp_path / "a.png")
+    (tmp_path / "b.png").write_bytes(b"no picture")
+    a, b = str(tmp_path / "a.png"), str(tmp_path / "b.png")
+    for arguments, message in [
+        ([a, "--reward", "portraits"], "carries no prompt: give --prompt"),
+        ([a, "--reward", "portraits", "--prompt", "a man", "--prompt", "a woman"], "2 --prompt for 1 pictures"),
+        ([b, "--reward", "portraits", "--prompt", "a man"], "b.png is not a readable picture"),
+        ([a, "--reward", "jpeg", "--prompt", "a man"], "did you mean jpeg_compressibility?"),
+        ([a, "--reward", "portraits", "--prompt", "a bicycle"], "reward portraits, prompt 'a bicycle'"),
+        (["--reward", "portraits"], "no picture"),
+    ]:
+        assert main(arguments) == 2
+        assert message in capsys.readouterr().err
+
+
+def test_list_says_what_is_missing(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("PROXT2I_REWARDS", str(tmp_path))
+    (tmp_path / "imagereward").mkdir()
+    for file in ("ImageReward.pt", "vocab.txt"):
+        (tmp_path / "imagereward" / file).touch()
+    assert main(["--list"]) == 0
+    lines = {line.split()[0]: line for line in capsys.readouterr().out.splitlines() if not line.startswith(" ")}
+    assert lines.keys() == REWARDS.keys()
+    assert f"found in {tmp_path}/imagereward" in lines["imagereward"] and "lacks config.json" in lines["clipscore"] and lines["portraits"].endswith("ready")

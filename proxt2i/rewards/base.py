@@ -111,6 +111,32 @@ def read_settings(file: Path | str) -> list[RewardSettings]:
     return settings_of(loaded.get("rewards") if isinstance(loaded, dict) else loaded, str(file))
 
 
+def add_arguments(parser) -> None:
+    """The flags by which every command of this package names its rewards; `settings_of_arguments` reads them."""
+    parser.add_argument("--reward", default="", metavar="NAME,...", help="rewards, separated by commas: " + ", ".join(REWARDS))
+    parser.add_argument("--set", action="append", default=[], metavar="NAME.KEY=VALUE", help="a setting of one of them, e.g. pickscore.path=portraits; may be repeated")
+    parser.add_argument("--rewards", type=Path, metavar="FILE", help="YAML list of rewards with all their settings, instead of --reward")
+    parser.add_argument("--device", help="cpu, cuda, ... (default: cuda if there is one)")
+
+
+def settings_of_arguments(args) -> list[RewardSettings]:
+    """The rewards that the flags of `add_arguments` name. ValueError names the flag and the fix."""
+    if bool(args.reward) == (args.rewards is not None):
+        raise ValueError("name rewards either by --reward NAME,... or by --rewards FILE")
+    if args.rewards is not None:
+        if args.set:
+            raise ValueError("--set goes with --reward; with --rewards, write it into the file")
+        return read_settings(args.rewards)
+    entries = {name.strip(): {"name": name.strip()} for name in args.reward.split(",")}
+    for change in args.set:
+        key, equals, value = change.partition("=")
+        name, dot, field = key.partition(".")
+        if not (equals and dot and name in entries):
+            raise ValueError(f"--set {change}: expected NAME.KEY=VALUE with a NAME of --reward ({', '.join(entries)})")
+        entries[name][field] = value
+    return settings_of(list(entries.values()), "--reward")
+
+
 def _setting(entry, where: str) -> RewardSettings:
     if isinstance(entry, str):
         return RewardSettings(entry)

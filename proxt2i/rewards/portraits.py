@@ -11,6 +11,7 @@ from ..data.portraits import ATTRIBUTES, WORDS
 from ..embedded.judge import Judge, right_attributes
 from .base import RewardSettings
 from .preprocess import pillow_resize, quantise
+from .weights import quiet_loading
 
 SIZE = 64  # pixels that the judge was trained at
 
@@ -19,7 +20,8 @@ class PortraitAttributes:
     """metadata: {"attributes": {name: value}, "stated": [names]} as portraits carry it; where it is missing, the caption is read."""
 
     def __init__(self, device: torch.device):
-        self.judge = Judge(device=device)
+        with quiet_loading():
+            self.judge = Judge(device=device)
 
     def __call__(self, images: Tensor, prompts: list[str], metadata: list[dict | None] | None = None) -> Tensor:
         truth = [m if m and "attributes" in m else read_caption(p) for p, m in zip(prompts, metadata or [None] * len(prompts), strict=True)]

@@ -1,8 +1,8 @@
 """How float pictures become a model's input, exactly as each original does it, without torchvision.
 
-Every reward first rounds to uint8, so that a picture in memory gets the score that its PNG would get. Then the shorter side is resized and
-the middle cut out. Two kinds of resizing are in use and differ by a rounding here and there: Pillow's on uint8 (OpenAI's CLIP, transformers'
-CLIPProcessor of PickScore's time, ImageReward, Aesthetic), and torch's on floats with antialiasing (HPSv2, which makes a tensor first).
+Every reward first rounds to uint8, so that a picture in memory gets the score that its PNG would get. Then most resize the shorter side with
+Pillow and cut out the middle (OpenAI's CLIP, transformers' CLIPProcessor of PickScore's time, ImageReward, Aesthetic). HPSv2 makes a float
+tensor first, and shrinks it into a square with black borders.
 """
 
 from __future__ import annotations
@@ -26,19 +26,24 @@ def quantise(images: Tensor) -> Tensor:
 
 def pillow_resize(images: Tensor, size: int) -> Tensor:
     """uint8 [B, 3, H, W] -> uint8 with the shorter side `size`: Pillow's bicubic, as transforms.Resize does it with PIL images."""
-    height, width = _resized(images, size)
+    short = min(images.shape[2:])
+    height, width = (int(size * n / short) for n in images.shape[2:])
     if (height, width) == images.shape[2:]:
         return images
     resized = [np.asarray(to_pil(x).resize((width, height), Image.Resampling.BICUBIC)) for x in images]
     return torch.from_numpy(np.stack(resized)).permute(0, 3, 1, 2)
 
 
-def tensor_resize(images: Tensor, size: int) -> Tensor:
-    """float [B, 3, H, W] -> float with the shorter side `size`: bicubic, antialiased, as transforms.Resize does it with tensors."""
-    height, width = _resized(images, size)
-    if (height, width) == images.shape[2:]:
-        return images
-    return F.interpolate(images, size=(height, width), mode="bicubic", align_corners=False, antialias=True)
+def fit_square(images: Tensor, size: int) -> Tensor:
+    """float [B, 3, H, W] -> float [B, 3, size, size]: the longer side resized to `size` (bicubic, antialiased, as transforms.Resize does it
+    with tensors), the shorter one padded with black on both sides; what HPSv2 does."""
+    height, width = images.shape[2:]
+    scale = size / max(height, width)
+    if scale != 1:
+        height, width = round(height * scale), round(width * scale)
+        images = F.interpolate(images, size=(height, width), mode="bicubic", align_corners=False, antialias=True)
+    top, left = (size - height) // 2, (size - width) // 2
+    return F.pad(images, (left, size - width - left, top, size - height - top))
 
 
 def center_crop(images: Tensor, size: int, floor: bool = False) -> Tensor:
@@ -56,9 +61,3 @@ def normalise(images: Tensor, mean: tuple[float, ...] = CLIP_MEAN, std: tuple[fl
 def clip_pixels(images: Tensor, size: int, mean: tuple[float, ...] = CLIP_MEAN, std: tuple[float, ...] = CLIP_STD, floor: bool = False) -> Tensor:
     """float [B, 3, H, W] in [0, 1] -> float32 [B, 3, size, size]: what OpenAI's CLIP is fed (with `floor`: transformers' CLIP)."""
     return normalise(center_crop(pillow_resize(quantise(images), size), size, floor), mean, std)
-
-
-def _resized(images: Tensor, size: int) -> tuple[int, int]:
-    height, width = images.shape[2:]
-    short = min(height, width)
-    return int(size * height / short), int(size * width / short)

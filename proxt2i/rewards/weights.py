@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import re
+import zipfile
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,12 +24,18 @@ CLIP_TOKENIZER = ("vocab.json", "merges.txt", "tokenizer.json", "tokenizer_confi
 class Source:
     """What a reward needs: `needed` lists alternatives per file, e.g. (("model.safetensors", "weights.pt"),), any one of which will do.
 
-    downloads: ("hub id", "files") each, from which the folder is filled; notes: anything that is no hub download.
+    downloads: ("hub id", "files") each, from which the folder is filled; tokenizer: files of which one tells that a tokenizer is there (it may
+    lie elsewhere); notes: anything that is no hub download.
     """
 
     needed: tuple[tuple[str, ...], ...]
     downloads: tuple[tuple[str, str], ...]
+    tokenizer: tuple[str, ...] = ("tokenizer.json", "vocab.json")
     notes: str = ""
+
+    def missing(self, folder: Path, tokenizer: bool = False) -> list[str]:
+        groups = [*self.needed, *([self.tokenizer] if tokenizer and self.tokenizer else [])]
+        return [" or ".join(group) for group in groups if not any((folder / f).is_file() for f in group)]
 
 
 def default_folder(name: str) -> Path:
@@ -46,13 +54,13 @@ def find_weights(settings: RewardSettings, source: Source) -> Path:
             raise ValueError(f"{settings.name}: path {settings.path} is no folder here; as a hub id it needs `revision`, the commit of 40 digits that "
                              f"https://huggingface.co/{settings.path}/commits/main shows")
         folder = download(settings.path, settings.revision, [f for group in source.needed for f in group] + list(CLIP_TOKENIZER) + ["vocab.txt"])
-    missing = [" or ".join(group) for group in source.needed if not any((folder / f).is_file() for f in group)]
+    missing = source.missing(folder)
     if missing:
         raise ValueError(f"{settings.name}: {folder} lacks {', '.join(missing)}.\n{how_to_get(settings.name, source, folder)}")
     return folder
 
 
-def find_tokenizer(settings: RewardSettings, folder: Path, source: Source, needed: tuple[str, ...] = ("tokenizer.json", "vocab.json")) -> Path:
+def find_tokenizer(settings: RewardSettings, folder: Path, source: Source) -> Path:
     """The folder of the tokenizer: `settings.tokenizer` (a folder, or hub id@commit), or that of the weights."""
     if settings.tokenizer:
         name, _, commit = settings.tokenizer.partition("@")
@@ -61,8 +69,8 @@ def find_tokenizer(settings: RewardSettings, folder: Path, source: Source, neede
             if not (is_hub_id(name) and re.fullmatch(r"[0-9a-f]{40}", commit)):
                 raise ValueError(f"{settings.name}: tokenizer {settings.tokenizer} is neither a folder nor hub id@commit with a commit of 40 digits")
             folder = download(name, commit, [*CLIP_TOKENIZER, "vocab.txt"])
-    if not any((folder / f).is_file() for f in needed):
-        raise ValueError(f"{settings.name}: {folder} has no tokenizer ({' or '.join(needed)}); put it there, or set `tokenizer`.\n{how_to_get(settings.name, source, folder)}")
+    if not any((folder / f).is_file() for f in source.tokenizer):
+        raise ValueError(f"{settings.name}: {folder} has no tokenizer ({' or '.join(source.tokenizer)}); put it there, or set `tokenizer`.\n{how_to_get(settings.name, source, folder)}")
     return folder
 
 
@@ -96,10 +104,10 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
         check_safetensors(path)
         return load_file(path)
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except Exception as error:  # torch raises many kinds
         raise ValueError(f"{path} is not a readable torch checkpoint of plain tensors ({type(error).__name__}: {str(error).splitlines()[0]}); "
-                         "download it again") from None
+                         "download it again, or save its tensors as safetensors") from None
     content = content.get("state_dict", content) if isinstance(content, dict) else content
     if not isinstance(content, dict) or not all(isinstance(v, Tensor) for v in content.values()):
         raise ValueError(f"{path} holds no dictionary of tensors")
@@ -119,3 +127,17 @@ def load_strictly(module: torch.nn.Module, tensors: dict[str, Tensor], path: Pat
         raise ValueError(f"{path} does not fit the model: " + "; ".join(
             f"{len(keys)} {what}, first {min(keys)}" for what, keys in (("missing", missing), ("unknown", extra), ("of another shape", reshaped)) if keys))
     module.load_state_dict(tensors)
+
+
+@contextmanager
+def quiet_loading():
+    """transformers' progress bars are off inside."""
+    from transformers.utils import logging
+
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()
