@@ -157,6 +157,9 @@ def validate(config: GrpoConfig, world_size: int = 1) -> None:
         raise ValueError(f"guard.per_prompt must be at least 2, got {config.guard.per_prompt}: diversity is that of a prompt's images")
     if config.guard.alarm == "raise_kl" and not config.policy.kl:
         raise ValueError("guard.alarm=raise_kl needs policy.kl above 0, or there is nothing to raise")
+    if config.guard.every and config.guard.prompts % world_size:
+        nearest = max(1, round(config.guard.prompts / world_size)) * world_size
+        raise ValueError(f"guard.prompts ({config.guard.prompts}) must be divisible by the number of ranks ({world_size}); the nearest is {nearest}")
     _validate_batch(config, world_size)
     _validate_steps(config)
     _validate_paths(config)

@@ -17,7 +17,6 @@ from proxt2i.training.guard import Evaluation, Guard, attribute_entropy
 from runs import ROOT, BareRanks, assert_same_checkpoint, become_rank, overrides, resumed_at, rows, wait_for
 from tiny_run import weights
 
-ZERO2 = ROOT / "configs" / "zero2.json"
 
 
 @pytest.fixture(scope="module")
@@ -45,8 +44,8 @@ def grpo(model, tmp_path):
     }
 
 
-def make(settings, ranks, resume=None, **changes):
-    return GrpoTrainer(load_config(None, overrides(settings, **changes)), engines.read_deepspeed_json(ZERO2), resume, ranks)
+def make(settings, ranks, resume=None, zero="zero2", **changes):
+    return GrpoTrainer(load_config(None, overrides(settings, **changes)), engines.read_deepspeed_json(ROOT / "configs" / f"{zero}.json"), resume, ranks)
 
 
 def run_grpo_rank(rank, ranks, port, arguments, log):
@@ -219,20 +218,29 @@ def test_the_entropy_of_what_prompts_leave_open():
     assert attribute_entropy(predicted, stated, 2) == pytest.approx([0.6931], abs=1e-4)  # two values once each; the second prompt leaves nothing open
 
 
+@pytest.mark.parametrize("zero", ["zero1", "zero3"])
+def test_other_stages_of_zero_train_the_same(grpo, ranks, tmp_path, zero):
+    for stage in ("zero2", zero):
+        make(grpo, ranks, zero=stage, train__run_dir=tmp_path / stage, train__images=32).run()
+    one, other = weights(tmp_path / "zero2", 32), weights(tmp_path / zero, 32)
+    assert max((one[name] - other[name]).abs().max().item() for name in one) < 1e-4
+    assert (tmp_path / zero / "model").is_dir()
+
+
 # -- many ranks, kills ------------------------------------------------------------------------------------------------
 
 
 def test_two_ranks_agree_with_one_and_killed_and_resumed_they_are_the_same_to_the_bit(grpo, ranks, tmp_path):
     """Every group lies across both ranks. The real script: unbroken, killed -9 after a checkpoint, resumed."""
-    shape = dict(rollout__group_size=8, rollout__groups_per_update=1, policy__inner_epochs=2, train__images=160)
+    shape = dict(rollout__group_size=8, rollout__groups_per_update=1, policy__inner_epochs=2, train__images=160, train__keep_checkpoints=9)
     two = tmp_path / "two"
     run = BareRanks(*overrides(grpo, **shape, train__run_dir=two), program=run_grpo_rank, log=tmp_path / "log")
     assert run.wait() == [0, 0], run.output
-    make(grpo, ranks, **shape).run()
-    one, other = weights(tmp_path / "run", 160), weights(two, 160)
-    assert max((one[name] - other[name]).abs().max().item() for name in one) < 1e-3
+    make(grpo, ranks, **shape | dict(train__images=32)).run()  # later, rounding makes a JPEG a byte longer, and advantages others
+    one, other = weights(tmp_path / "run", 32), weights(two, 32)
+    assert max((one[name] - other[name]).abs().max().item() for name in one) < 1e-4
     reward = "reward/jpeg_compressibility"
-    assert [row[reward] for row in rows(tmp_path / "run")] == pytest.approx([row[reward] for row in rows(two)], rel=1e-2)
+    assert [row[reward] for row in rows(tmp_path / "run")] == pytest.approx([row[reward] for row in rows(two)[:2]], rel=1e-4)
 
     broken = tmp_path / "broken"
     arguments = overrides(grpo, **shape, train__run_dir=broken)
