@@ -6,6 +6,7 @@ import sys
 import pytest
 import torch
 
+from proxt2i.data.prompts import load_prompts
 from proxt2i.grpo_config import load_config
 from proxt2i.models.bundle import Bundle, load_components, load_settings, load_uvit, save_bundle
 from proxt2i.models.uvit import build_uvit
@@ -158,6 +159,11 @@ def test_the_exported_model_is_sampled_as_it_was_trained(grpo, ranks, tmp_path):
     averages = weights(tmp_path / "run", 96, "ema")
     for name, p in load_uvit(tmp_path / "run" / "model" / "uvit").named_parameters():
         assert torch.equal(p.flatten(), averages[name])
+    from proxt2i.report import main
+
+    assert main([str(tmp_path / "run")]) == 0
+    page = (tmp_path / "run" / "report.html").read_text()
+    assert "reward: jpeg_compressibility" in page and "GRPO" in page and "rollout.group_size" in page
 
 
 def test_a_window_of_transitions_moves_on(grpo, ranks):
@@ -266,6 +272,29 @@ def test_resuming_from_another_reference_is_refused(grpo, ranks, model, tmp_path
     net.save_pretrained(other / "uvit")
     with pytest.raises(ValueError, match="began from other weights"):
         make(grpo, ranks, resume="auto", model__init_from=other)
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("grpo*.yaml")), ids=lambda path: path.stem)
+def test_shipped_configs_are_valid(path):
+    assert load_config(path, world_size=2).train.run_dir.startswith("runs/")
+
+
+# -- prompts ----------------------------------------------------------------------------------------------------------
+
+
+def test_every_prompt_comes_once_in_each_pass_wherever_one_begins(tmp_path):
+    (tmp_path / "prompts.jsonl").write_text("".join(f'{{"prompt": "p{i}", "metadata": {{"n": {i}}}}}\n' for i in range(7)))
+    prompts = load_prompts(str(tmp_path / "prompts.jsonl"), 0, 0, False)
+    assert prompts.texts[3] == "p3" and prompts.metadata[3] == {"n": 3}
+    order = prompts.order(5, 0, 21).tolist()
+    assert all(sorted(order[i:i + 7]) == list(range(7)) for i in (0, 7, 14)) and order[:7] != order[7:14]
+    assert prompts.order(5, 4, 9).tolist() == order[4:13] and prompts.order(6, 0, 21).tolist() != order
+
+
+def test_portraits_prompts_carry_what_they_state():
+    prompts = load_prompts("portraits", 5, 0, True)
+    assert len(set(prompts.texts)) == 5 and all(set(m["stated"]) == set(m["attributes"]) for m in prompts.metadata)
+    assert prompts.texts == load_prompts("portraits", 5, 0, True).texts != load_prompts("portraits", 5, 1, True).texts
 
 
 # -- wrong input ------------------------------------------------------------------------------------------------------
