@@ -25,7 +25,7 @@ class ModelConfig:
 
 @dataclass
 class PromptsConfig:
-    source: str = "portraits"  # file with a prompt a line, file.jsonl with {"prompt": ..., "metadata": {...}} a line, or "portraits": captions of its grammar
+    source: str = "portraits"  # file: a prompt a line, or .jsonl: {"prompt": ..., "metadata": {...}} a line; "portraits": captions of its grammar
     num: int = 4_096  # portraits' captions to draw (prompts); files are taken whole
     seed: int = 0  # seed of the portraits' captions
     complete: bool = True  # portraits' captions state all attributes
@@ -33,7 +33,7 @@ class PromptsConfig:
 
 @dataclass
 class RolloutConfig:
-    plan: str = "relaxed"  # sampling plan, without memory: relaxed, hybrid, backward or variance_preserving; with a score network ddpm or euler_maruyama too
+    plan: str = "relaxed"  # relaxed (without memory), hybrid, backward or variance_preserving; with a score network ddpm or euler_maruyama too
     steps: int = 4  # sampling steps
     guidance: float = 1.5  # guidance scale, in sampling and in the update alike; 1: none
     guidance_below: float = 0.35  # guide only steps with the noise of a time up to this one (1: all, 0: the last)
@@ -52,12 +52,13 @@ class PolicyConfig:
     inner_epochs: int = 1  # passes over a rollout's images
     steps: Optional[List[int]] = None  # transitions to train, counted in sampling order from 0 to rollout.steps - 2; null: all
     window: int = 0  # train only this many neighbouring ones of them in each rollout, in turn; 0: all
-    data_weight: float = 0.0  # weight of proximal matching on the data section's images, which also holds the last, densityless call; 0: no data needed
+    data_weight: float = 0.0  # weight of proximal matching on the data section's images, which holds the last call too; 0: no data needed
 
 
 @dataclass
 class RewardsConfig:
-    train: List[Any] = field(default_factory=lambda: [{"name": "pickscore", "path": "portraits"}])  # what is maximised: rewards with weights (rewards.RewardSettings)
+    # rewards with weights, as names or mappings of the fields of rewards.RewardSettings
+    train: List[Any] = field(default_factory=lambda: [{"name": "pickscore", "path": "portraits"}])  # what is maximised
     panel: List[Any] = field(default_factory=lambda: [{"name": "portraits"}])  # what only watches: rewards that are never trained on
 
 
@@ -67,7 +68,7 @@ class GuardConfig:
     prompts: int = 16  # number of those prompts, taken from prompts.source
     per_prompt: int = 8  # images of each, with fixed noise
     min_diversity: float = 0.7  # alarm when a measure of the diversity within prompts is below this share of the start's
-    alarm: str = "warn"  # what an alarm does: warn; stop (end the run); restore (end it with the best weights so far); raise_kl (policy.kl times guard.kl_factor)
+    alarm: str = "warn"  # warn; stop (end the run); restore (end it with the best weights so far); raise_kl (policy.kl times guard.kl_factor)
     kl_factor: float = 4.0  # of alarm raise_kl
 
 
@@ -86,7 +87,7 @@ class TrainConfig:
     run_dir: str = "runs/grpo"  # everything the run writes
     seed: int = 0  # seed of prompt order and sampling noise
     images: int = 10_240  # length of the run (images drawn)
-    micro_batch: Optional[int] = None  # images per forward pass and rank in the update; null: 64, or what there is if fewer; any gives the same update
+    micro_batch: Optional[int] = None  # images per forward pass and rank in the update; null: 64 or fewer; any gives the same update
     precision: str = "auto"  # auto (bf16 on GPU, fp32 on CPU), fp32 or bf16: autocast only, parameters stay fp32
     compile: bool = False  # torch.compile every block; ZeRO stages 1 and 2
     threads: int = 0  # CPU threads per rank; 0: cores / ranks on this machine
@@ -151,11 +152,14 @@ def validate(config: GrpoConfig, world_size: int = 1) -> None:
     if config.rollout.group_size < 2:
         raise ValueError(f"rollout.group_size must be at least 2, got {config.rollout.group_size}: an image is judged against others of its prompt")
     if config.rollout.steps < 2:
-        raise ValueError(f"rollout.steps must be at least 2, got {config.rollout.steps}: the last step has no density, so nothing would be left to train")
+        raise ValueError(f"rollout.steps must be at least 2, got {config.rollout.steps}: the last step has no density, nothing would be left to train")
     if config.guard.per_prompt < 2:
         raise ValueError(f"guard.per_prompt must be at least 2, got {config.guard.per_prompt}: diversity is that of a prompt's images")
     if config.guard.alarm == "raise_kl" and not config.policy.kl:
         raise ValueError("guard.alarm=raise_kl needs policy.kl above 0, or there is nothing to raise")
+    if config.guard.every and config.guard.prompts % world_size:
+        nearest = max(1, round(config.guard.prompts / world_size)) * world_size
+        raise ValueError(f"guard.prompts ({config.guard.prompts}) must be divisible by the number of ranks ({world_size}); the nearest is {nearest}")
     _validate_batch(config, world_size)
     _validate_steps(config)
     _validate_paths(config)
@@ -171,7 +175,8 @@ def validate(config: GrpoConfig, world_size: int = 1) -> None:
 def _validate_batch(config: GrpoConfig, world_size: int) -> None:
     per_update = images_per_update(config)
     if per_update % world_size:
-        raise ValueError(f"rollout.group_size x rollout.groups_per_update ({per_update} images) must be divisible by the number of ranks ({world_size})")
+        raise ValueError(f"rollout.group_size x rollout.groups_per_update ({per_update} images) must be divisible by the number of ranks "
+                         f"({world_size})")
     per_rank, micro_batch = per_update // world_size, config.train.micro_batch
     if micro_batch is not None and (micro_batch < 1 or per_rank % micro_batch):
         raise ValueError(f"train.micro_batch ({micro_batch}) must divide the images of an update on one rank ({per_rank})")
@@ -180,7 +185,8 @@ def _validate_batch(config: GrpoConfig, world_size: int) -> None:
 def _validate_steps(config: GrpoConfig) -> None:
     last, steps = config.rollout.steps - 2, config.policy.steps
     if steps is not None and (not steps or len(set(steps)) < len(steps) or not all(0 <= i <= last for i in steps)):
-        raise ValueError(f"policy.steps={steps}: rollout.steps={config.rollout.steps} has the transitions 0 to {last}; name at least one, each once, or null for all")
+        raise ValueError(f"policy.steps={steps}: rollout.steps={config.rollout.steps} has the transitions 0 to {last}; name at least one, each once, "
+                         "or null for all")
     count = len(steps) if steps is not None else last + 1
     if config.policy.window > count:
         raise ValueError(f"policy.window ({config.policy.window}) is more than the {count} transitions that there are to train")

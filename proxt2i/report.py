@@ -24,6 +24,7 @@ from PIL import Image
 from safetensors import SafetensorError, safe_open
 
 from proxt2i.config import Config
+from proxt2i.grpo_config import GrpoConfig
 from proxt2i.data.index import write_atomically
 from proxt2i.report_plots import plots
 from proxt2i.training.checkpoint import finished
@@ -88,7 +89,7 @@ def _read_config(path: Path) -> dict:
 
 def _changed(config: dict) -> list[tuple[str, object, object]]:
     """(key, value, default) of every setting that is not the default's."""
-    defaults = dataclasses.asdict(Config())
+    defaults = dataclasses.asdict(GrpoConfig() if "rollout" in config else Config())
     return [(f"{section}.{key}", value, defaults.get(section, {}).get(key, "not a setting of this version"))
             for section, values in config.items() for key, value in values.items()
             if value != defaults.get(section, {}).get(key, dataclasses.MISSING)]  # fmt: skip
@@ -105,7 +106,10 @@ def _status(run_dir: Path, last: dict, total: int, recent: dict) -> str:
 
 
 def _facts(run_dir: Path, config: dict) -> list[tuple[str, str]]:
-    facts = [("objective", config.get("diffusion", {}).get("objective", "?")), ("network", config.get("model", {}).get("preset", "?"))]
+    if "rollout" in config:
+        facts = [("objective", "GRPO"), ("network", config["model"].get("init_from") or "the shipped model")]
+    else:
+        facts = [("objective", config.get("diffusion", {}).get("objective", "?")), ("network", config.get("model", {}).get("preset", "?"))]
     size = _num_parameters(run_dir)
     if size:
         facts.append(("parameters", f"{size / 1e6:,.2f} M"))
@@ -113,8 +117,9 @@ def _facts(run_dir: Path, config: dict) -> list[tuple[str, str]]:
     if deepspeed:
         batch, micro = deepspeed["train_batch_size"], deepspeed["train_micro_batch_size_per_gpu"]
         accumulation = deepspeed["gradient_accumulation_steps"]
+        unit = "passes" if "rollout" in config else "images"  # of GRPO: one for every transition of an image
         facts += [("DeepSpeed", f"ZeRO-{deepspeed['zero_optimization']['stage']}"),
-                  ("images a step", f"{batch:,} = {batch // micro // accumulation:,} rank(s) x {accumulation:,} x {micro:,}")]
+                  (f"{unit} a step", f"{batch:,} = {batch // micro // accumulation:,} rank(s) x {accumulation:,} x {micro:,}")]
     diffusers = _json(run_dir / "model" / "uvit" / "config.json").get("_diffusers_version")
     return facts + ([("diffusers", diffusers)] if diffusers else [])
 

@@ -22,6 +22,7 @@ SMALL = (  # key in stats.jsonl, title
     ("data_wait", "share of the time spent waiting for data"), ("memory_gib", "memory of the fullest rank, GiB"),
     ("bad_steps", "steps skipped so far"), ("bad_samples", "samples skipped so far"),
 )  # fmt: skip
+GRPO = ("reward/", "eval/", "diversity/", "kl", "clip_fraction", "spread")  # beginnings of the keys of a GRPO run
 QUIET = ("bad_steps", "bad_samples")  # no curve where there were none
 STYLE = {
     "svg.fonttype": "none", "font.size": 10, "text.color": INK, "axes.edgecolor": INK, "axes.labelcolor": INK, "xtick.color": INK,
@@ -36,7 +37,8 @@ def plots(rows: Sequence[dict[str, float]]) -> list[dict]:
         return []
     curves = thinned(rows)
     with matplotlib.rc_context(STYLE):
-        found = [{"title": "loss", "svg": _losses(curves), "wide": True}]
+        found = [{"title": "loss", "svg": _losses(curves), "wide": True}] if "loss" in curves else []
+        found += [{"title": key.replace("/", ": "), "svg": _small(curves, key, from_zero=False), "wide": False} for key in curves if key.startswith(GRPO)]
         known = {key: values[np.isfinite(values)] for key, values in curves.items()}
         last = {key: values[-max(1, len(values) // 20):].mean() for key, values in known.items() if len(values)}
         by_step = {tuple(map(int, match.groups())): value for key, value in last.items() if (match := re.fullmatch(r"loss/N(\d+)/k(\d+)", key))}
@@ -89,12 +91,12 @@ def _steps(by_step: dict[tuple[int, int], float]) -> Markup:
     return _svg(figure)
 
 
-def _small(curves: dict[str, np.ndarray], key: str) -> Markup:
+def _small(curves: dict[str, np.ndarray], key: str, from_zero: bool = True) -> Markup:
     figure, axes = _axes(4.6, 2.2)
     axes.plot(curves["images"], curves[key], lw=1.2, color=COLORS[0])
     if key in ("mfu", "data_wait"):
         axes.yaxis.set_major_formatter(PercentFormatter(1.0))
-    if key != "grad_norm":
+    if from_zero and key != "grad_norm":
         axes.set_ylim(0, 1.05 * np.nanmax(curves[key]) or 1.0)
     return _svg(figure)
 

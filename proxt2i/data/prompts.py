@@ -59,9 +59,10 @@ def _parse(line: str, where: str) -> tuple[str, dict]:
         entry = json.loads(line)
     except ValueError as error:
         raise ValueError(f"{where} is not valid JSON: {error}") from None
-    if not isinstance(entry, dict) or not isinstance(entry.get("prompt"), str) or not entry["prompt"].strip() or not isinstance(entry.get("metadata", {}), dict):
+    prompt, metadata = (entry.get("prompt"), entry.get("metadata", {})) if isinstance(entry, dict) else (None, {})
+    if not isinstance(prompt, str) or not prompt.strip() or not isinstance(metadata, dict):
         raise ValueError(f'{where} must be like {{"prompt": "a red car", "metadata": {{}}}}, metadata being optional')
-    return entry["prompt"].strip(), entry.get("metadata", {})
+    return prompt.strip(), metadata
 
 
 def _portraits(num: int, seed: int, complete: bool) -> Prompts:

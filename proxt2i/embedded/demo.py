@@ -1,10 +1,11 @@
 """`make demo`: pretrain a proximal text-to-image model on portraits in front of your eyes, then sample and measure it.
 
-    python -m proxt2i.embedded.demo [--run-dir runs/demo] [overrides of configs/demo.yaml, e.g. train.images=100000]
+    python -m proxt2i.embedded.demo [--run-dir runs/demo] [--grpo] [overrides of configs/demo.yaml, e.g. train.images=100000]
 
 Runs four commands that you could type yourself and prints each: training under the deepspeed launcher (one rank per
 GPU, or per core on a CPU), samples of a few prompts, the evaluation, and a page about it all. Interrupted, it goes on where it stopped;
-finished, it only samples and evaluates again; delete the run folder to start afresh.
+finished, it only samples and evaluates again; delete the run folder to start afresh. --grpo tunes the model on its reward besides
+(minutes more), and evaluates it before and after at 4 steps.
 """
 
 from __future__ import annotations
@@ -42,9 +43,20 @@ def call(title: str, command: list[str]) -> None:
         sys.exit(code)
 
 
+def tune(run_dir: Path) -> None:
+    """GRPO on the model of `run_dir`, and both models measured as the tuned one is sampled."""
+    tuned = run_dir.with_name(f"{run_dir.name}-grpo")
+    call("GRPO on its PickScore", ["deepspeed", *ranks(), "proxt2i/grpo.py", "--deepspeed", "configs/zero2.json", "--config", "configs/grpo_portraits.yaml",
+                                   "--resume", f"model.init_from={run_dir / 'model'}", f"train.run_dir={tuned}"])
+    for title, folder in (("before", run_dir), ("after", tuned)):
+        call(f"evaluation by the judge, {title} GRPO", [sys.executable, "-m", "proxt2i.evaluate", "--model", str(folder / "model"), "--steps", "4", "--guidance", "1.5",
+             "--guidance-below", "0.35", "--num-prompts", "512", "--out", str(folder / "evaluation-grpo")])
+
+
 def main() -> None:
     parser = argparse.ArgumentParser("python -m proxt2i.embedded.demo", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--run-dir", type=Path, default=Path("runs/demo"))
+    parser.add_argument("--grpo", action="store_true", help="tune the model on the PickScore of portraits after pretraining, into RUN_DIR-grpo")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value")
     args = parser.parse_args()
 
@@ -55,6 +67,8 @@ def main() -> None:
     model = str(run_dir / "model")
     call("samples", [sys.executable, "-m", "proxt2i.sample", *PROMPTS, "--model", model, "--num-images", "6", "--out", str(run_dir / "pictures")])
     call("evaluation by the judge", [sys.executable, "-m", "proxt2i.evaluate", "--model", model, "--steps", "4,8", "--num-prompts", "512", "--out", str(run_dir / "evaluation")])
+    if args.grpo:
+        tune(run_dir)
     call("report", [sys.executable, "-m", "proxt2i.report", str(run_dir)])
     print(
         f"\nDone in {(time.time() - start) / 60:.1f} min. Look at\n  {ROOT / run_dir / 'pictures' / 'grid.png'}   what the prompts above became\n"

@@ -22,8 +22,8 @@ from proxt2i.diffusion.policy import Policy, compare
 from proxt2i.diffusion.score import SCORE_SAMPLERS
 from proxt2i.embedded import SHIPPED_MODEL
 from proxt2i.grpo_config import GrpoConfig, images_per_update, micro_batch_of
-from proxt2i.models.text import cut_captions, text_sizes
 from proxt2i.models.bundle import Bundle, Settings, check_fit, find_components, load_components, load_settings, load_uvit
+from proxt2i.models.text import cut_captions, text_sizes
 from proxt2i.training import distributed, engine as engines
 from proxt2i.training.advantage import surrogate
 from proxt2i.training.checkpoint import CheckpointStore, replace_text
@@ -83,7 +83,9 @@ class GrpoTrainer:
         self.text, self.codec = load_components(self.components, ranks.device, torch.bfloat16 if self.bf16 else torch.float32)
         self.uvit = load_uvit(self.initial / "uvit", ranks.device)
         check_fit(self.uvit, self.text, self.codec, self.components)
-        self.reference = engines.Autocast(load_uvit(self.initial / "uvit", ranks.device).requires_grad_(False).eval(), self.bf16) if config.policy.kl else None
+        self.reference = None
+        if config.policy.kl:
+            self.reference = engines.Autocast(load_uvit(self.initial / "uvit", ranks.device).requires_grad_(False).eval(), self.bf16)
         saved = SavedState(checkpoint.folder) if checkpoint else None
         if saved:
             saved.load_weights(self.uvit)
@@ -111,8 +113,8 @@ class GrpoTrainer:
             self.objective = Objective(data_objective(config, initial_settings), train.seed)
         self.meter = GrpoMeter(ranks)
         self.evaluate = Evaluator(config, self.roller) if config.guard.every else None
-        self._say(f"{num_params / 1e6:.2f} M parameters, {ranks.world_size} rank(s) on {ranks.device.type}, {len(self.prompts):,} prompts, a rollout is "
-                  f"{self.roller.images:,} images in {config.rollout.updates} update(s), micro-batches of {self.micro_batch}")
+        self._say(f"{num_params / 1e6:.2f} M parameters, {ranks.world_size} rank(s) on {ranks.device.type}, {len(self.prompts):,} prompts, "
+                  f"a rollout is {self.roller.images:,} images in {config.rollout.updates} update(s), micro-batches of {self.micro_batch}")
         if ranks.is_first:
             self.run_dir.mkdir(parents=True, exist_ok=True)
             replace_text(self.run_dir / "config.yaml", to_yaml(config))
@@ -137,7 +139,8 @@ class GrpoTrainer:
             restored = self.alarm and self.config.guard.alarm == "restore" and self.guard.best
             source = self.store.folder / self.guard.best if restored else self.saved
             export(source, self.run_dir / "model")
-            self._say(f"finished {self.images_seen:,} images; model: {self.run_dir / 'model'}" + (f", the weights of {source.name}" if restored else ""))
+            of = f", the weights of {source.name}" if restored else ""
+            self._say(f"finished {self.images_seen:,} images; model: {self.run_dir / 'model'}{of}")
         if self.ranks.is_first:
             self.tracker.close()
         return received
@@ -279,8 +282,8 @@ class GrpoTrainer:
         row = self.meter.summary()
         if self.ranks.is_first:
             rewards = "  ".join(f"{key.split('/')[1]} {value:.4f}" for key, value in row.items() if key.startswith("reward/"))
-            self.tracker.log({"images": self.images_seen, "lr": self._learning_rate(), "bad_steps": self.spikes.skipped, "alarms": self.guard.alarms, **row,
-                              **self.guard.last_row},
+            self.tracker.log({"images": self.images_seen, "lr": self._learning_rate(), "bad_steps": self.spikes.skipped, "alarms": self.guard.alarms,
+                              **row, **self.guard.last_row},
                              brief=f"{rewards}  kl {row['kl']:.3f}  clipped {row['clip_fraction']:.0%}  grad {row['grad_norm']:.3f}")
 
     def _sample(self) -> None:
@@ -289,13 +292,15 @@ class GrpoTrainer:
         if self.ranks.is_first:
             uvit = network_of(self.uvit.config, averages).to(self.ranks.device)
             with torch.autocast(self.ranks.device.type, torch.bfloat16, enabled=self.bf16):
-                self.tracker.grid(self.images_seen, draw_grid(Bundle(uvit, self.text, self.codec, self.settings, self.components), self.config.sample))
+                bundle = Bundle(uvit, self.text, self.codec, self.settings, self.components)
+                self.tracker.grid(self.images_seen, draw_grid(bundle, self.config.sample))
 
     def save(self) -> None:
         """Write a checkpoint. Collective."""
         state = {"images_seen": self.images_seen, "world_size": self.ranks.world_size, "spikes": self.spikes.state(),
                  "guard": self.guard.state(), "kl": self.kl, "initial": self.fingerprint,
-                 "config": asdict(self.config), "network": dict(self.uvit.config), "settings": asdict(self.settings), "components": str(self.components)}
+                 "config": asdict(self.config), "network": dict(self.uvit.config), "settings": asdict(self.settings),
+                 "components": str(self.components)}
         self.saved = self.store.save(state, lambda folder: write_rank(folder, self.partition, self.ema, self.optimizer))
         self.saved_at = self.images_seen
 
@@ -310,8 +315,8 @@ def read_prompts(config: GrpoConfig, components: Path) -> Prompts:
     prompts = load_prompts(how.source, how.num, how.seed, how.complete)
     cut = [text for text, is_cut in zip(prompts.texts, cut_captions(components, prompts.texts)) if is_cut]
     if cut:
-        raise ValueError(f"prompts.source: {len(cut)} of {len(prompts)} prompts are longer than the text encoder's {max(text_sizes(components)[1])} tokens and "
-                         f"would be cut, the first: {cut[0]!r}; shorten them")
+        raise ValueError(f"prompts.source: {len(cut)} of {len(prompts)} prompts are longer than the text encoder's {max(text_sizes(components)[1])} tokens "
+                         f"and would be cut, the first: {cut[0]!r}; shorten them")
     return prompts
 
 
@@ -332,8 +337,9 @@ def policy_of(config: GrpoConfig, initial: Settings) -> Policy:
 def data_objective(config: GrpoConfig, initial: Settings) -> pretraining.DiffusionConfig:
     """Of proximal matching on data, at the network's queries in a rollout, the last one among them."""
     how = config.rollout
-    return pretraining.DiffusionConfig(objective=initial.objective, plan="hybrid" if how.plan in (*SCORE_SAMPLERS, "relaxed") else how.plan, step_counts=[how.steps],
-                                       snr_power=0.0, grid=initial.grid, beta_min=initial.beta_min, beta_max=initial.beta_max)
+    plan = "hybrid" if how.plan in (*SCORE_SAMPLERS, "relaxed") else how.plan  # relaxed has the same queries
+    return pretraining.DiffusionConfig(objective=initial.objective, plan=plan, step_counts=[how.steps], snr_power=0.0,
+                                       grid=initial.grid, beta_min=initial.beta_min, beta_max=initial.beta_max)
 
 
 def exported_settings(config: GrpoConfig, initial: Settings) -> Settings:
@@ -341,7 +347,7 @@ def exported_settings(config: GrpoConfig, initial: Settings) -> Settings:
     how = config.rollout
     if how.plan in SCORE_SAMPLERS:
         return initial
-    return Settings(how.plan, how.steps, how.guidance, initial.beta_min, initial.beta_max, initial.grid, how.guidance_below, initial.objective, extrapolation=0.0)
+    return replace(initial, plan=how.plan, num_steps=how.steps, guidance_scale=how.guidance, guidance_below=how.guidance_below, extrapolation=0.0)
 
 
 def _fingerprint(folder: Path) -> str:

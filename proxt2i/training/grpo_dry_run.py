@@ -35,11 +35,13 @@ def dry_run(config: GrpoConfig, world_size: int, say=print) -> None:
     say(f"rollout: {how.updates} update(s) x {how.groups_per_update} prompts x {how.group_size} images = {how.updates * images:,} images, "
         f"{how.updates * images // world_size:,} on each rank in batches of {how.batch}")
     say(f"update: {images:,} images = {world_size:,} rank(s) x {images // world_size // micro_batch} micro-batch(es) of {micro_batch}; "
-        f"{trained} of {policy.num_transitions} transitions of plan {how.plan}, {how.steps} steps, guidance {', '.join(f'{g:g}' for g in policy.guidance)}")
-    say(f"an image costs about {evaluations} evaluations of the network to draw and {update:.0f} to train on, {forward_flops(uvit.config) * (evaluations + update) / 1e9:,.1f} GFLOP "
-        "(VAE and rewards not counted)")
+        f"{trained} of {policy.num_transitions} transitions of plan {how.plan}, {how.steps} steps, "
+        f"guidance {', '.join(f'{g:g}' for g in policy.guidance)}")
+    say(f"an image costs about {evaluations} evaluations of the network to draw and {update:.0f} to train on, "
+        f"{forward_flops(uvit.config) * (evaluations + update) / 1e9:,.1f} GFLOP (VAE and rewards not counted)")
     state = how.updates * images // world_size * trained * uvit.config.in_channels * uvit.config.sample_size**2 * 4
-    say(f"states kept for the update: {state / 2**20:,.1f} MiB a rank, on the {how.store}; reference network: {num_params * 4 / 2**30 if config.policy.kl else 0:.2f} GiB")
+    say(f"states kept for the update: {state / 2**20:,.1f} MiB a rank, on the {how.store}; "
+        f"reference network: {num_params * 4 / 2**30 if config.policy.kl else 0:.2f} GiB")
     for name, entries in (("trained on", config.rewards.train), ("panel", config.rewards.panel)):
         if entries:
             say(f"rewards, {name}: " + ", ".join(f"{s.key} x {s.weight:g}" for s in settings_of(entries)))

@@ -39,8 +39,8 @@ class Evaluator:
         for chosen in np.array_split(own, -(-len(own) * size // self.config.rollout.batch)) if len(own) else ():
             self._draw(network, chosen, found)
         parts = gather_objects(found)
-        merged = {kind: {name: [value for part in parts for value in part[kind].get(name, ())] for name in dict.fromkeys(n for part in parts for n in part[kind])}
-                  for kind in found}
+        merged = {kind: {name: [value for part in parts for value in part[kind].get(name, ())]
+                         for name in dict.fromkeys(n for part in parts for n in part[kind])} for kind in found}
         return Evaluation(merged["trained"], merged["panel"], {name: sum(v) / len(v) for name, v in merged["diversity"].items() if v})
 
     def _draw(self, network, chosen: np.ndarray, found: dict) -> None:
@@ -60,7 +60,8 @@ class Evaluator:
 
             predicted, features = self.judge(to_uint8(decoded).cpu())
             diversity |= {"judge": variances(features, size), "attributes": attribute_entropy(predicted, stated(metadata), size)}
-        for kind, values in (("trained", score(roller.scorer.rewards, pictures, prompts, metadata)), ("panel", score(self.panel, pictures, prompts, metadata) if self.panel else {}),
-                             ("diversity", diversity)):
+        trained = score(roller.scorer.rewards, pictures, prompts, metadata)
+        panel = score(self.panel, pictures, prompts, metadata) if self.panel else {}
+        for kind, values in (("trained", trained), ("panel", panel), ("diversity", diversity)):
             for name, scores in values.items():
                 found[kind].setdefault(name, []).extend(torch.as_tensor(scores).tolist())

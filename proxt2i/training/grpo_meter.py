@@ -66,7 +66,8 @@ class GrpoMeter:
         groups is what advantages use, this is over all images. rollout_share, train_share: of the time that was not paused.
         """
         spread = [s for s in self.spreads if math.isfinite(s)]
-        totals = torch.cat([self.sums, self.data_sum[None], torch.tensor([self.data_count, self.count, sum(spread), len(spread)], dtype=torch.float64, device=self.ranks.device)])
+        counts = torch.tensor([self.data_count, self.count, sum(spread), len(spread)], dtype=torch.float64, device=self.ranks.device)
+        totals = torch.cat([self.sums, self.data_sum[None], counts])
         dist.all_reduce(totals)
         *sums, data_sum, data_count, count, spread_sum, spread_count = totals.tolist()
         largest = torch.stack([self.largest.double(), torch.tensor(float(peak_memory(self.ranks)), dtype=torch.float64, device=self.ranks.device)])
@@ -80,7 +81,8 @@ class GrpoMeter:
             scores = torch.cat(parts)
             row |= {f"reward/{name}": scores.mean().item(), f"reward_std/{name}": scores.std().item()}
         row |= {"flat_groups": self.flat_groups / max(self.rollouts, 1), "spread": spread_sum / max(spread_count, 1),
-                "images_per_s": self.images / seconds, "rollout_share": self.seconds["rollout"] / seconds, "train_share": self.seconds["train"] / seconds,
+                "images_per_s": self.images / seconds, "rollout_share": self.seconds["rollout"] / seconds,
+                "train_share": self.seconds["train"] / seconds,
                 "memory_gib": float(largest[1]) / 2**30}
         self.reset()
         return {key: value for key, value in row.items() if math.isfinite(value)}

@@ -51,7 +51,7 @@ class Guard:
         if self.start is None:
             self.start = now
             return ""
-        problems = [f"diversity of {name} is down to {value / self.start.diversity[name]:.0%} of the start's (guard.min_diversity {self.min_diversity:.0%})"
+        problems = [f"diversity of {name} is down to {value / self.start.diversity[name]:.0%} of the start's (guard.min_diversity {self.min_diversity:g})"
                     for name, value in now.diversity.items() if value < self.min_diversity * self.start.diversity[name]]
         risen = [name for name in now.trained if change(self.start.trained[name], now.trained[name])[1] > SIGNIFICANT]
         fallen = {name: change(self.start.panel[name], now.panel[name]) for name in now.panel}
