@@ -1,6 +1,6 @@
 """Pretrain a text-to-image proximal model:  deepspeed proxt2i/train.py --deepspeed configs/zero2.json
 
-Also runs under `torchrun` and, on one rank, under plain `python`.
+Also runs under `torchrun`, under Slurm's `srun` and, on one rank, under plain `python`. On a cluster: python -m launchers.train --help
 """
 
 import argparse
@@ -18,6 +18,7 @@ sys.path[:] = [entry for entry in sys.path if Path(entry or ".").resolve() != HE
 
 from proxt2i.config import load_config, to_yaml  # noqa: E402
 from proxt2i.training import lifeline  # noqa: E402
+from proxt2i.training.slurm import adopt_slurm_ranks  # noqa: E402
 
 EXAMPLES = """\
 examples
@@ -72,6 +73,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
 
 def main(arguments: list[str] | None = None) -> int:
     given = parse_arguments(arguments)
+    adopt_slurm_ranks(os.environ)
     rank, world_size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
     try:
         if given.world_size is not None:
