@@ -84,10 +84,12 @@ def launch(work: Work, description: str, argv: list[str] | None = None, more_opt
     add_options(parser, work)
     argv = sys.argv[1:] if argv is None else argv
     at = argv.index("--") if "--" in argv else len(argv)
-    given, arguments = parser.parse_args(argv[:at]), argv[at + 1:]
+    (given, strange), arguments = parser.parse_known_args(argv[:at]), argv[at + 1:]
     try:
         if at == len(argv):
             raise ValueError(f"`--` is missing: what follows it goes to the command itself, like: python -m launchers.{work.name} [options] -- {work.says}")
+        if strange:
+            raise ValueError(f"unknown option {strange[0]}; an argument of the command itself goes behind `--`, and --help lists the launcher's own")
         plan = make_plan(work, given, arguments, items_of(given, arguments) if items_of else None)
         if given.local:
             return run_here(work, plan)
