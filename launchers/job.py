@@ -28,6 +28,7 @@ WRONG_INPUT = 2
 WORDS = {"Killed": 128 + signal.SIGKILL, "Terminated": 128 + signal.SIGTERM, "User defined signal 2": 128 + signal.SIGUSR2,
          "Segmentation fault": 128 + signal.SIGSEGV, "Aborted": 128 + signal.SIGABRT, "Out Of Memory": 128 + signal.SIGKILL,
          "Interrupt": BY_HAND, "Bus error": 128 + signal.SIGBUS}  # fmt: skip
+OTHERS_RANKS = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE")  # of the shell that queued the job, if it was a rank of something
 CANCELLED = "the job was cancelled"
 GRACE_S = 15.0  # for stacks to be written, and for srun to end
 
@@ -101,7 +102,8 @@ def rank_command(job: dict, worker: int | None = None) -> list[str]:
             command.append("--resume")
     if worker is not None:
         command += ["--worker", str(worker)]
-    return [*shlex.split(job["site"].get("container") or ""), *command]
+    python, *arguments = command
+    return [*shlex.split(job["site"].get("container") or ""), python, "-m", "launchers.rank", *arguments]
 
 
 def rank_environment(job: dict) -> dict[str, str]:
@@ -136,7 +138,8 @@ def _run_ranks(job: dict, worker: int | None, logs: Path, job_id: str) -> End:
     print("+", shlex.join(command), flush=True)
     hung = None
     with open(logs / "srun.log", "a") as errors:
-        srun = subprocess.Popen(command, cwd=job["cwd"], env=os.environ | rank_environment(job), stdin=subprocess.DEVNULL, stderr=errors, start_new_session=True)
+        environment = {key: value for key, value in os.environ.items() if key not in OTHERS_RANKS} | rank_environment(job)
+        srun = subprocess.Popen(command, cwd=job["cwd"], env=environment, stdin=subprocess.DEVNULL, stderr=errors, start_new_session=True)
         while srun.poll() is None:
             try:
                 srun.wait(timeout=1.0)

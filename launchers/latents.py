@@ -10,7 +10,15 @@ import sys
 
 from launchers.submit import Work, launch
 
-WORK = Work("latents", ["-m", "proxt2i.data.latents"], says="SHARDS OUT --components DIR")
+
+def check(arguments: list[str], ranks: int) -> None:
+    """The command's own parser, which ends this process with a message where it would end the job."""
+    from proxt2i.data.latents import parse_arguments
+
+    parse_arguments(arguments)
+
+
+WORK = Work("latents", ["-m", "proxt2i.data.latents"], says="SHARDS OUT --components DIR", check=check)
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -140,7 +140,7 @@ def make_plan(work: Work, given: argparse.Namespace, arguments: list[str], items
     job = {"kind": work.name, "run_dir": str(run_dir), "cwd": os.getcwd(), "resumes": work.resumes, "together": work.together, "nodes": nodes,
            "tasks_per_node": tasks, "gpus_per_node": gpus, "max_failures": _max_failures(work) if given.max_failures is None else given.max_failures,
            "hang_minutes": given.hang_minutes, "user": getpass.getuser(), "site": asdict(site),
-           "command": [site.python or sys.executable, "-u", *work.arguments, *([str(run_dir)] if items else arguments)]}  # fmt: skip
+           "command": [site.python or sys.executable, *work.arguments, *([str(run_dir)] if items else arguments)]}  # fmt: skip
     if items:
         job["items"] = items
     sbatch = {} if given.local else sbatch_parameters(site, job, partition, minutes, given.signal_before, given.name or run_dir.name)
@@ -274,7 +274,7 @@ def run_here(work: Work, plan: Plan) -> int:
         arguments += ["--worker", "0"]
     command = [python, *arguments]
     if ranks > 1:
-        command[1:2] = ["-u", "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
+        command[1:1] = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
     print("+", shlex.join(command), flush=True)
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))}
     try:

@@ -4,17 +4,34 @@ import contextlib
 import io
 import json
 import os
+import shutil
 import subprocess
 import sys
 import time
 from pathlib import Path
 
 import psutil
+import pytest
+from runs import ROOT
 
 import launchers.status
 import launchers.train
 
-ROOT = Path(__file__).parent.parent
+MISSING = [name for name in ("slurmctld", "slurmd", "munged", "sbatch", "srun") if not shutil.which(name, path=os.environ["PATH"] + ":/usr/sbin:/sbin")]
+
+
+@pytest.fixture(scope="session")
+def cluster(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("slurm")
+    script = ROOT / "tests" / "slurm" / "cluster.sh"
+    up = subprocess.run([script, "up", folder], text=True, capture_output=True, timeout=60)
+    os.environ["SLURM_CONF"] = str(folder / "slurm.conf")
+    try:
+        assert up.returncode == 0, up.stdout + up.stderr
+        yield folder
+    finally:
+        subprocess.run([script, "down", folder], check=True, timeout=60)
+        del os.environ["SLURM_CONF"]
 
 
 def python(*arguments, check=True, **options):

@@ -126,11 +126,18 @@ def test_a_requeued_run_takes_its_own_newest_checkpoint(tmp_path):
     def command(*arguments):
         return job.rank_command({"command": ["python", "train.py", *arguments], "resumes": True, "run_dir": str(tmp_path), "site": {"container": "box run"}})
 
-    assert command("a.b=1") == ["box", "run", "python", "train.py", "a.b=1", "--resume"]
-    assert command("--resume", "/old/step-000000010", "a.b=1")[4:] == ["--resume", "/old/step-000000010", "a.b=1"]
+    first = command("a.b=1")
+    assert first == ["box", "run", "python", "-m", "launchers.rank", "train.py", "a.b=1", "--resume"]
+    assert command("--resume", "/old/step-000000010", "a.b=1")[6:] == ["--resume", "/old/step-000000010", "a.b=1"]
     (tmp_path / "checkpoints" / "step-000000128").mkdir(parents=True)
-    assert command("--resume", "/old/step-000000010", "a.b=1")[4:] == ["a.b=1", "--resume"]
-    assert command("--resume", "a.b=1")[4:] == ["a.b=1", "--resume"]
+    assert command("--resume", "/old/step-000000010", "a.b=1")[6:] == ["a.b=1", "--resume"]
+    assert command("--resume", "a.b=1")[6:] == ["a.b=1", "--resume"]
+
+
+def test_a_command_that_knows_nothing_of_slurm_gets_its_rank():
+    code = "import os; print(os.environ['RANK'], os.environ['WORLD_SIZE'], os.environ['LOCAL_WORLD_SIZE']); raise SystemExit(5)"
+    done = subprocess.run([sys.executable, "-m", "launchers.rank", "-c", code], cwd=ROOT, env=os.environ | STEP, text=True, capture_output=True)
+    assert (done.returncode, done.stdout) == (5, "25 28 4\n"), done.stderr
 
 
 def test_the_reason_is_what_rank_0_heard(tmp_path):

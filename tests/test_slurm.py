@@ -2,33 +2,16 @@
 
 import json
 import os
-import shutil
 import signal
-import subprocess
 import time
 from pathlib import Path
 
 import pytest
-from runs import ROOT, BareRanks, assert_same_checkpoint, overrides
-from slurm_jobs import Job, python, requeue, run_all, signals, slurm
+from runs import BareRanks, assert_same_checkpoint, overrides
+from slurm_jobs import MISSING, Job, cluster, python, requeue, run_all, signals, slurm  # noqa: F401: cluster is a fixture
 
-MISSING = [name for name in ("slurmctld", "slurmd", "munged", "sbatch", "srun") if not shutil.which(name, path=os.environ["PATH"] + ":/usr/sbin:/sbin")]
 pytestmark = pytest.mark.skipif(bool(MISSING), reason=f"no {', '.join(MISSING)} here: apt-get install slurm-wlm munge")
 LENGTH = dict(train__images=2400, train__log_every=80, train__checkpoint_every=800, train__threads=1, sample__every=0)
-
-
-@pytest.fixture(scope="session")
-def cluster(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("slurm")
-    script = ROOT / "tests" / "slurm" / "cluster.sh"
-    up = subprocess.run([script, "up", folder], text=True, capture_output=True, timeout=60)
-    os.environ["SLURM_CONF"] = str(folder / "slurm.conf")
-    try:
-        assert up.returncode == 0, up.stdout + up.stderr
-        yield folder
-    finally:
-        subprocess.run([script, "down", folder], check=True, timeout=60)
-        del os.environ["SLURM_CONF"]
 
 
 def kill_rank_1(job):
