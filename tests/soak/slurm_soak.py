@@ -55,7 +55,7 @@ def test_the_time_limit_a_hung_rank_and_a_step_that_always_fails(cluster, settin
         run_dir = tmp_path / name
         return Job(run_dir, [*launcher, "--name", name], overrides(settings, train__run_dir=run_dir, **FOREVER | changes), events)
 
-    limit = queue("limit", ["--time", "1", "--signal-before", 20])
+    limit = queue("limit", ["--time", "2", "--signal-before", 60])
     limit.wait_for(lambda: any(row["event"] == "requeued" for row in limit.rows()), timeout=200)
     first = next(row for row in limit.rows() if row["event"] == "end")
     assert (first["outcome"], first["reason"]) == ("stopped", "by SIGUSR2") and first["images"] > 0
