@@ -1,7 +1,7 @@
 """Measure a model on a cluster: `python -m proxt2i.evaluate` as a job of one rank.
 
 examples
-    python -m launchers.evaluate --partition gpu --gpus-per-node 1 --time 2:00:00 -- --model /shared/runs/faces/model --steps 4,8 --out /shared/runs/faces/evaluation
+    python -m launchers.evaluate --partition gpu --gpus-per-node 1 -- --model /shared/runs/faces/model --steps 4,8 --out /shared/runs/faces/evaluation
     python -m launchers.evaluate --local -- --steps 8
 """
 

@@ -30,7 +30,7 @@ WORDS = {"Killed": 128 + signal.SIGKILL, "Terminated": 128 + signal.SIGTERM, "Us
          "Interrupt": BY_HAND, "Bus error": 128 + signal.SIGBUS}  # fmt: skip
 OTHERS_RANKS = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE")  # of the shell that queued the job, if it was a rank of something
 CANCELLED = "the job was cancelled"
-GRACE_S = 15.0  # for stacks to be written, and for srun to end
+STACKS_S = 15.0  # for stacks to be written
 
 
 @dataclass(frozen=True)
@@ -212,12 +212,12 @@ def _find_hung(job: dict, logs: Path, srun: subprocess.Popen, job_id: str) -> st
     if not limit or time.time() - _last_sign(job, logs) < limit:
         return None
     sizes = {path: path.stat().st_size for path in logs.glob("rank-*.log")}
-    _signal_ranks(job_id, "QUIT", srun)
-    time.sleep(min(GRACE_S, max(2.0, limit / 4)))
+    _signal_ranks(job_id, "QUIT")
+    time.sleep(min(STACKS_S, max(2.0, limit / 4)))
     silent = [path.stem[5:] for path, size in sorted(sizes.items()) if path.stat().st_size == size]
-    _signal_ranks(job_id, "KILL", srun)
+    _signal_ranks(job_id, "KILL")  # Slurm sends CONT and TERM first: what can still save does
     try:
-        srun.wait(GRACE_S)
+        srun.wait(60)
     except subprocess.TimeoutExpired:
         srun.kill()
     who = f"rank {', '.join(silent)} does not answer" if silent and len(silent) < len(sizes) else "their stacks end the ranks' logs"
@@ -238,7 +238,7 @@ def _last_sign(job: dict, logs: Path) -> float:
     return max(times)
 
 
-def _signal_ranks(job_id: str, name: str, srun: subprocess.Popen) -> None:
+def _signal_ranks(job_id: str, name: str) -> None:
     try:
         slurm.run("scancel", f"--signal={name}", job_id)  # to the steps, not to the batch step
     except RuntimeError as error:

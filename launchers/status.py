@@ -134,7 +134,8 @@ def _show_progress(progress: dict) -> list[str]:
 
 def _show_items(items: dict) -> list[str]:
     lines = [f"  {items['done']} of {items['total']} items done, {len(items['failed'])} failed, {items['left']} left"]
-    return lines + [f"  failed: item {failure['index']} ({failure['item']}) after {failure['tries']} tries: {failure['reason']}; {failure['log']}" for failure in items["failed"]]
+    return lines + [f"  failed: item {failure['index']} ({failure['item']}) after {failure['tries']} tries: {failure['reason']}; {failure['log']}"
+                    for failure in items["failed"]]
 
 
 def duration(seconds: float) -> str:

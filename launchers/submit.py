@@ -47,7 +47,8 @@ class Work:
 def add_options(parser: argparse.ArgumentParser, work: Work) -> None:
     cluster = parser.add_argument_group("what the job gets")
     cluster.add_argument("--partition", metavar="P", help="partition (default: the site file's, or the cluster's default)")
-    cluster.add_argument("--time", metavar="H:M:S", help="time limit of one start; the job comes back for the rest (default: the site file's, or a day, or what the partition allows)")
+    cluster.add_argument("--time", metavar="H:M:S",
+                         help="time limit of one start; the job comes back for the rest (default: the site file's, or a day, or what the partition allows)")
     if not work.one_rank:
         cluster.add_argument("--nodes", type=int, default=1, metavar="N", help="machines (default: 1)")
         cluster.add_argument("--tasks-per-node", type=int, metavar="N", help="ranks on each (default: one a GPU, or 1 without GPUs)")
@@ -60,8 +61,10 @@ def add_options(parser: argparse.ArgumentParser, work: Work) -> None:
     how = parser.add_argument_group("how")
     how.add_argument("--dry-run", action="store_true", help="check everything and print the sbatch script; queue nothing")
     how.add_argument("--local", action="store_true", help="run the same command on this machine, without Slurm")
-    how.add_argument("--no-check", action="store_true", help=f"do not let {work.name} check its arguments first (where this machine lacks torch, say)")
-    how.add_argument("--max-failures", type=int, metavar="N", help=f"failed starts before the job gives up (default: {_max_failures(work)}); preemptions do not count")
+    how.add_argument("--no-check", action="store_true",
+                     help=f"do not let {work.name} check its arguments first (where this machine lacks torch, say)")
+    how.add_argument("--max-failures", type=int, metavar="N",
+                     help=f"failed starts before the job gives up (default: {_max_failures(work)}); preemptions do not count")
     how.add_argument("--hang-minutes", type=float, default=60, metavar="M",
                      help="end the ranks, and count a failure, when nothing was written for so long; 0: never (default: 60)")
     how.add_argument("--signal-before", type=int, default=180, metavar="S",

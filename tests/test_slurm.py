@@ -62,8 +62,8 @@ def test_an_array_names_its_poisoned_items(cluster, tmp_path):
 
 
 def test_what_the_cluster_cannot_give_is_refused_with_what_it_has(cluster, settings, tmp_path):
-    def refused(*launcher):
-        done = python("launchers.train", "--no-check", *launcher, "--", *overrides(settings), check=False)
+    def refused(*launcher, **changes):
+        done = python("launchers.train", "--no-check", *launcher, "--", *overrides(settings, **changes), check=False)
         assert done.returncode == 2 and done.stdout == ""
         return done.stderr
 
@@ -71,4 +71,8 @@ def test_what_the_cluster_cannot_give_is_refused_with_what_it_has(cluster, setti
     assert "--nodes 3: partition tiny has 2" in refused("--nodes", 3)
     assert "--gpus-per-node 4: the nodes of partition tiny have 2" in refused("--gpus-per-node", 4)
     assert "--time 3:00:00: partition tiny allows 2:00:00" in refused("--time", "3:00:00")
-    assert slurm("squeue", "-h", "-n", "run") == ""
+    (tmp_path / "file").touch()
+    assert "cannot be written" in refused(train__run_dir=tmp_path / "file" / "run")
+    (tmp_path / "run" / "checkpoints" / "step-000000064").mkdir(parents=True)
+    assert "already holds checkpoints: add --resume" in refused()
+    assert slurm("squeue", "-h") == ""
