@@ -238,7 +238,9 @@ def _unknown(key: str, source: str, names: list[str]) -> str:
     close = difflib.get_close_matches(key, names, n=1, cutoff=0.5)
     if not close and "." in key:  # right key, wrong section
         close = [name for name in names if name.split(".")[1] == key.split(".")[1]]
-    hint = f"did you mean {close[0]}?" if close else f"valid: {', '.join(names)}"
+    own = [name for name in names if "." in key and name.startswith(key.split(".")[0] + ".")]
+    near = [f"did you mean {close[0]}?"] if close else []
+    hint = " ".join(near + ([f"valid: {', '.join(own or names)}"] if own or not close else []))
     return f"{source}: unknown key {key}; {hint}"
 
 

@@ -112,6 +112,7 @@ def test_a_crashed_or_young_run_has_a_page_too(trainer, tmp_path):
     (run / "deepspeed.json").write_text("{")
     html = report.write_report(run, tmp_path / "page.html").read_text()
     assert "192 of 256 images – not finished" in html and "No finished model yet" in html and "<svg" in html
+    assert f"{sum(p.numel() for p in trainer.uvit.parameters()) / 1e6:,.2f} M" in html  # told by the checkpoint alone
     stats.unlink()
     html = report.write_report(run).read_text()
     assert "no statistics yet" in html and "<svg" not in html
