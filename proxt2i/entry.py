@@ -12,6 +12,7 @@ import traceback
 from pathlib import Path
 
 from proxt2i.training import lifeline
+from proxt2i.training.slurm import adopt_slurm_ranks
 
 HERE = Path(__file__).resolve().parent
 
@@ -34,6 +35,12 @@ def parse(parser: argparse.ArgumentParser, arguments: list[str] | None) -> argpa
         given.overrides.insert(0, given.resume)
         given.resume = "auto"
     return given
+
+
+def rank() -> int:
+    """This process's, as the launcher says it, or Slurm; call it before anything else asks the environment."""
+    adopt_slurm_ranks(os.environ)
+    return int(os.environ.get("RANK", "0"))
 
 
 def world_size(given: argparse.Namespace) -> int:

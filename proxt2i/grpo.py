@@ -4,7 +4,6 @@ Also runs under `torchrun` and, on one rank, under plain `python`.
 """
 
 import argparse
-import os
 import sys
 from pathlib import Path
 
@@ -46,7 +45,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
 
 def main(arguments: list[str] | None = None) -> int:
     given = parse_arguments(arguments)
-    rank = int(os.environ.get("RANK", "0"))
+    rank = entry.rank()
     try:
         world_size = entry.world_size(given)
         config = load_config(given.config, given.overrides, world_size)

@@ -1,10 +1,9 @@
 """Pretrain a text-to-image proximal model:  deepspeed proxt2i/train.py --deepspeed configs/zero2.json
 
-Also runs under `torchrun` and, on one rank, under plain `python`.
+Also runs under `torchrun`, under Slurm's `srun` and, on one rank, under plain `python`. On a cluster: python -m launchers.train --help
 """
 
 import argparse
-import os
 import sys
 from pathlib import Path
 
@@ -56,7 +55,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
 
 def main(arguments: list[str] | None = None) -> int:
     given = parse_arguments(arguments)
-    rank = int(os.environ.get("RANK", "0"))
+    rank = entry.rank()
     try:
         world_size = entry.world_size(given)
         config = load_config(given.config, given.overrides, world_size)

@@ -1,7 +1,7 @@
 """Starting the ranks, and the few collective operations the trainer needs.
 
-Works under the `deepspeed` launcher, under `torchrun`, in a plain `python` process (one rank), and in bare processes, one a rank, that
-find RANK, LOCAL_RANK, WORLD_SIZE, LOCAL_WORLD_SIZE, MASTER_ADDR and MASTER_PORT in their environment.
+Works under the `deepspeed` launcher, under `torchrun`, under Slurm's `srun`, in a plain `python` process (one rank), and in bare processes, one
+a rank, that find RANK, LOCAL_RANK, WORLD_SIZE, LOCAL_WORLD_SIZE, MASTER_ADDR and MASTER_PORT in their environment.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ import torch.distributed as dist
 from torch.distributed.distributed_c10d import _get_default_store
 
 from proxt2i.training import lifeline
+from proxt2i.training.slurm import adopt_slurm_ranks
 
 
 @dataclass(frozen=True)
@@ -35,6 +36,7 @@ class Ranks:
 def start(threads: int = 0) -> Ranks:
     """Join the other ranks and claim this rank's device. `threads`: CPU threads of this rank, 0 = cores / local ranks."""
     on_gpu = torch.cuda.is_available()
+    adopt_slurm_ranks(os.environ)
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
     if "RANK" not in os.environ:  # plain python: one rank
         os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(_free_port()))
@@ -48,14 +50,15 @@ def start(threads: int = 0) -> Ranks:
         # Without this DeepSpeed compiles a shared-memory all-reduce at the first start (about a minute); gloo will do.
         deepspeed.ops.__compatible_ops__ = {}
     else:
-        torch.cuda.set_device(local_rank)
+        device_index = local_rank if torch.cuda.device_count() > 1 else 0  # Slurm may show a rank only its own GPU
+        torch.cuda.set_device(device_index)
     try:
         deepspeed.init_distributed(dist_backend="nccl" if on_gpu else "gloo", verbose=False)
     except dist.DistNetworkError as error:
         raise ValueError(f"cannot connect the ranks: {error}\nIf another run on this machine uses the port, choose one: "
                          "deepspeed --master_port 29501 proxt2i/train.py ...") from None
     lifeline.start(dist.get_rank(), dist.get_world_size(), _get_default_store())
-    device = torch.device("cuda", local_rank) if on_gpu else torch.device("cpu")
+    device = torch.device("cuda", device_index) if on_gpu else torch.device("cpu")
     return Ranks(dist.get_rank(), dist.get_world_size(), local_rank, device)
 
 

@@ -1,0 +1,28 @@
+"""Measure a model on a cluster: `python -m proxt2i.evaluate` as a job of one rank.
+
+examples
+    python -m launchers.evaluate --partition gpu --gpus-per-node 1 -- --model /shared/runs/faces/model --steps 4,8 --out /shared/runs/faces/evaluation
+    python -m launchers.evaluate --local -- --steps 8
+"""
+
+import sys
+
+from launchers.submit import Work, launch
+
+
+def check(arguments: list[str], ranks: int) -> None:
+    """The command's own parser, which ends this process with a message where it would end the job."""
+    from proxt2i.evaluate import parse_args
+
+    parse_args(arguments)
+
+
+WORK = Work("evaluate", ["-m", "proxt2i.evaluate"], says="[--model DIR] [--steps N,N] ...", one_rank=True, check=check)
+
+
+def main(argv: list[str] | None = None) -> int:
+    return launch(WORK, __doc__, argv)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,162 @@
+"""What a run on the cluster is doing, and what has happened to it: state, progress, jobs so far, and why the last one failed.
+
+    python -m launchers.status RUN          RUN: the run folder that launchers.train (grpo, latents, ...) works on
+    python -m launchers.status RUN --json   the same for programs
+
+Reads RUN/launch and the run's own files; asks Slurm for the job's state, where there is a Slurm. Works without an accounting database.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import sys
+import time
+from pathlib import Path
+
+from launchers import slurm
+from launchers.items import summary
+from launchers.job import CANCELLED, tail
+from launchers.record import LAUNCH, History, checkpoints, last_row, read_job
+
+TAIL_LINES = 12
+
+
+def status(run_dir: Path) -> dict:
+    """Everything that is known, as plain values. ValueError where `run_dir` is no run of the launchers."""
+    launch = run_dir / LAUNCH
+    job = read_job(launch)
+    histories = [History(launch, worker) for worker in range(job["items"]["workers"])] if "items" in job else [History(launch)]
+    rows = sorted((row for history in histories for row in history.rows()), key=lambda row: row["time"])
+    attempts = sorted((attempt for history in histories for attempt in history.attempts()), key=lambda attempt: attempt["start"])
+    numbers = [[row["job"] for row in history.rows() if row["event"] == "submitted"][-1:] for history in histories]
+    numbers = [number for one in numbers for number in one]
+    states = {number: slurm.job_state(number) for number in numbers}
+    state = next((state for state in states.values() if not slurm.is_over(state)), next(iter(states.values()), "NOT QUEUED"))
+    given_up = [row["reason"] for row in rows if row["event"] == "given up"]
+    found = {
+        "run": str(run_dir), "kind": job["kind"], "code": job["code"], "ranks": job["nodes"] * job["tasks_per_node"], "nodes": job["nodes"],
+        "job": numbers[-1].split("_")[0] if numbers else None, "state": state, "attempts": attempts,
+        "why": slurm.job_facts(numbers[-1]).get("Reason", "None") if numbers else "None",
+        "working": [number for number, state in states.items() if state != "UNKNOWN" and not slurm.is_over(state)],
+        "given_up": given_up[-1] if given_up and not _running(attempts) else None, "notes": [row["text"] for row in rows if row["event"] == "note"],
+    }  # fmt: skip
+    if job["resumes"]:
+        found["progress"] = _progress(run_dir)
+    if "items" in job:
+        found["items"] = summary(launch)
+    found["doing"] = _doing(found)
+    failures = [attempt for attempt in attempts if attempt.get("outcome") in ("failed", "input")]
+    if failures and attempts[-1] is failures[-1]:
+        found["failure"] = _failure(launch, failures[-1])
+    return found
+
+
+def _running(attempts: list[dict]) -> bool:
+    return bool(attempts) and "outcome" not in attempts[-1]
+
+
+def _doing(found: dict) -> str:
+    """The state in a word or two: Slurm's where the job lives, the record's where it is over."""
+    last = found["attempts"][-1].get("outcome") if found["attempts"] else None
+    if "items" in found:
+        return "finished" if not found["items"]["left"] else found["state"].lower()
+    if last == "finished":
+        return "finished"
+    if found["given_up"]:
+        return "cancelled" if found["given_up"] == CANCELLED else "given up"
+    if last in ("input", "by hand"):
+        return "refused its input" if last == "input" else "stopped by hand"
+    if found["state"] == "PENDING":
+        return "waiting in the queue" + (f" ({found['why']})" if found["why"] != "None" else "")
+    return found["state"].lower()
+
+
+def _progress(run_dir: Path) -> dict:
+    import yaml
+
+    row, saved = last_row(run_dir / "stats.jsonl"), checkpoints(run_dir)
+    config = run_dir / "config.yaml"
+    total = yaml.safe_load(config.read_text())["train"]["images"] if config.exists() else None
+    speed = row.get("images_per_s")
+    images = row.get("images", 0)
+    return {"images": images, "total": total, "images_per_s": speed, "seconds_left": (total - images) / speed if total and speed else None,
+            "checkpoint": saved[-1].name if saved else None, "saved_ago": time.time() - saved[-1].stat().st_mtime if saved else None,
+            "written_ago": time.time() - (run_dir / "stats.jsonl").stat().st_mtime if row else None}  # fmt: skip
+
+
+def _failure(launch: Path, attempt: dict) -> dict:
+    """Which rank, and the end of its log."""
+    logs = launch / attempt["logs"]
+    named = re.search(r"\brank (\d+)", attempt["reason"].split("; ", 1)[-1]) or re.search(r"\brank (\d+)", attempt["reason"])
+    path = logs / f"rank-{named[1] if named else 0}.log"
+    path = path if path.exists() else logs / "srun.log"
+    lines = tail(path).splitlines()[-TAIL_LINES:] if path.exists() else []
+    return {"reason": attempt["reason"], "log": str(path), "tail": lines}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# For people.
+
+
+def show(found: dict) -> str:
+    code = found["code"]
+    version = f"code {code['commit'][:10]}{' with changes (launch/code.diff)' if code['dirty'] else ''}" if code["commit"] else "code without git"
+    lines = [f"{found['run']}: {found['kind']}, {found['doing']}", f"  job {found['job']}, {found['ranks']} rank(s) on {found['nodes']} node(s), {version}"]
+    lines += [f"  note: {note}" for note in found["notes"]]
+    if found["given_up"]:
+        lines.append(f"  given up: {found['given_up']}")
+    if "progress" in found:
+        lines += _show_progress(found["progress"])
+    if "items" in found:
+        lines += _show_items(found["items"])
+    lines.append("\n  starts" if found["attempts"] else "\n  not started yet")
+    for attempt in found["attempts"]:
+        end = attempt["time"] if "outcome" in attempt else time.time()
+        images = f"{attempt['from']:,} -> {attempt['images']:,} images" if "outcome" in attempt else f"from {attempt['from']:,} images"
+        outcome = f"{attempt['outcome']}: {attempt['reason']}" if "outcome" in attempt else "running"
+        when = time.strftime("%m-%d %H:%M", time.localtime(attempt["start"]))
+        lines.append(f"  {attempt['job']}.{attempt['restart']:<3} {when}  {duration(end - attempt['start']):>8}  {attempt['nodes']}  "
+                     + (f"{images}  " if "progress" in found else "") + outcome)
+    if "failure" in found:
+        lines += [f"\n  end of {found['failure']['log']}", *(f"    {line}" for line in found["failure"]["tail"])]
+    return "\n".join(lines)
+
+
+def _show_progress(progress: dict) -> list[str]:
+    total = f" of {progress['total']:,} ({progress['images'] / progress['total']:.1%})" if progress["total"] else ""
+    speed = f", {progress['images_per_s']:,.0f} images/s, {duration(progress['seconds_left'])} left at that" if progress["seconds_left"] else ""
+    ago = f", written {duration(progress['written_ago'])} ago" if progress["written_ago"] is not None else ""
+    saved = f"{progress['checkpoint']}, {duration(progress['saved_ago'])} old" if progress["checkpoint"] else "none yet"
+    return [f"  {progress['images']:,} images{total}{speed}{ago}", f"  last checkpoint: {saved}"]
+
+
+def _show_items(items: dict) -> list[str]:
+    lines = [f"  {items['done']} of {items['total']} items done, {len(items['failed'])} failed, {items['left']} left"]
+    return lines + [f"  failed: item {failure['index']} ({failure['item']}) after {failure['tries']} tries: {failure['reason']}; {failure['log']}"
+                    for failure in items["failed"]]
+
+
+def duration(seconds: float) -> str:
+    if seconds < 120:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser("python -m launchers.status", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("run", type=Path, metavar="RUN", help="run folder")
+    parser.add_argument("--json", action="store_true", help="for programs")
+    given = parser.parse_args(argv)
+    try:
+        found = status(given.run)
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    print(json.dumps(found, indent=1) if given.json else show(found))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

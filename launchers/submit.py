@@ -1,0 +1,286 @@
+"""The command line that all launchers share: check everything, fill RUN/launch, and queue the job (or show it, or run it here)."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import getpass
+import json
+import os
+import re
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+from launchers import slurm
+from launchers.record import LAUNCH, ROOT, History, code_version, write
+from launchers.site import Site, load_site
+
+DEFAULT_MINUTES = 24 * 60
+NOT_SHARED = ("/tmp", "/var/tmp", "/dev/shm", "/run", "/scratch/local")
+OPTIONS = """\
+Everything after `--` is the command's own. The job saves and comes back by itself after a preemption, a time limit, a failed node or a
+failed rank; it stops for good when it is finished, cancelled (scancel JOB), stopped by hand (scancel --signal=INT JOB: it saves first),
+refuses its input, or fails again and again without getting further. RUN/launch holds what it did; docs/cluster.md explains all of it.
+"""
+
+
+@dataclass(frozen=True)
+class Work:
+    """One kind of long job, and what its front end knows of it."""
+    name: str
+    arguments: list[str]  # of python, before the user's own
+    says: str  # what `--` is followed by
+    resumes: bool = False  # like train.py: takes --resume, counts images in stats.jsonl
+    together: bool = False  # its ranks meet each other, so that one that dies ends all
+    one_rank: bool = False
+    run_dir: Callable[[list[str], int], Path] | None = None  # from the user's arguments; None: --run
+    check: Callable[[list[str], int], None] | None = None  # raises ValueError, or exits with a message, where the job would
+
+
+def add_options(parser: argparse.ArgumentParser, work: Work) -> None:
+    cluster = parser.add_argument_group("what the job gets")
+    cluster.add_argument("--partition", metavar="P", help="partition (default: the site file's, or the cluster's default)")
+    cluster.add_argument("--time", metavar="H:M:S",
+                         help="time limit of one start; the job comes back for the rest (default: the site file's, or a day, or what the partition allows)")
+    if not work.one_rank:
+        cluster.add_argument("--nodes", type=int, default=1, metavar="N", help="machines (default: 1)")
+        cluster.add_argument("--tasks-per-node", type=int, metavar="N", help="ranks on each (default: one a GPU, or 1 without GPUs)")
+    cluster.add_argument("--gpus-per-node", type=int, metavar="N", help="GPUs on each (default: the site file's, or 0)")
+    cluster.add_argument("--cpus-per-task", type=int, metavar="N", help="CPUs of each rank (default: the site file's)")
+    cluster.add_argument("--site", type=Path, metavar="YAML", help="settings of this cluster: account, modules, container, ... (configs/site_example.yaml)")
+    cluster.add_argument("--name", metavar="NAME", help="the job's name in the queue (default: the run folder's)")
+    if work.run_dir is None:
+        parser.add_argument("--run", type=Path, metavar="RUN", help=f"folder for the job's record and logs (default: runs/{work.name}-TIME)")
+    how = parser.add_argument_group("how")
+    how.add_argument("--dry-run", action="store_true", help="check everything and print the sbatch script; queue nothing")
+    how.add_argument("--local", action="store_true", help="run the same command on this machine, without Slurm")
+    how.add_argument("--no-check", action="store_true",
+                     help=f"do not let {work.name} check its arguments first (where this machine lacks torch, say)")
+    how.add_argument("--max-failures", type=int, metavar="N",
+                     help=f"failed starts before the job gives up (default: {_max_failures(work)}); preemptions do not count")
+    how.add_argument("--hang-minutes", type=float, default=60, metavar="M",
+                     help="end the ranks, and count a failure, when nothing was written for so long; 0: never (default: 60)")
+    how.add_argument("--signal-before", type=int, default=180, metavar="S",
+                     help="seconds before the time limit at which the ranks are told to save; Slurm may be up to 60 early (default: 180)")
+
+
+def _max_failures(work: Work) -> int:
+    return 50 if work.resumes else 3
+
+
+def launch(work: Work, description: str, argv: list[str] | None = None, more_options=None, items_of=None, wait=None) -> int:
+    """The whole of a front end. Exit status: 0, or 2 with the reason on stderr when nothing was queued; with --local the command's.
+
+    An array's front end adds options, items_of(given, arguments), its part of job.json, and wait(run_dir) for --wait.
+    """
+    parser = argparse.ArgumentParser(f"python -m launchers.{work.name}", description=description, epilog=OPTIONS, allow_abbrev=False,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter, usage=f"%(prog)s [options] -- {work.says}")
+    if more_options:
+        more_options(parser)
+    add_options(parser, work)
+    argv = sys.argv[1:] if argv is None else argv
+    at = argv.index("--") if "--" in argv else len(argv)
+    (given, strange), arguments = parser.parse_known_args(argv[:at]), argv[at + 1:]
+    try:
+        if at == len(argv):
+            raise ValueError(f"`--` is missing: what follows it goes to the command itself, like: python -m launchers.{work.name} [options] -- {work.says}")
+        if strange:
+            raise ValueError(f"unknown option {strange[0]}; an argument of the command itself goes behind `--`, and --help lists the launcher's own")
+        plan = make_plan(work, given, arguments, items_of(given, arguments) if items_of else None)
+        if given.local:
+            return run_here(work, plan)
+        if given.dry_run:
+            print(script(plan))
+            return 0
+        queue(plan)
+        return wait(plan.run_dir) if wait and given.wait else 0
+    except (ValueError, RuntimeError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A job that has passed every check."""
+    run_dir: Path
+    job: dict  # for launch/job.json
+    must_be_new: bool
+    sbatch: dict  # submitit's parameters; empty with --local
+
+    @property
+    def workers(self) -> int:
+        """Jobs in the array; 0: one job, and no array."""
+        return self.job["items"]["workers"] if "items" in self.job else 0
+
+
+def make_plan(work: Work, given: argparse.Namespace, arguments: list[str], items: dict | None) -> Plan:
+    """Everything is checked here, before anything is queued or written."""
+    site = load_site(given.site)
+    if given.cpus_per_task:
+        site = replace(site, cpus_per_task=given.cpus_per_task)
+    gpus = site.gpus_per_node or 0 if given.gpus_per_node is None else given.gpus_per_node
+    nodes, tasks = (1, 1) if work.one_rank else (given.nodes, max(1, gpus) if given.tasks_per_node is None else given.tasks_per_node)
+    if min(nodes, tasks) < 1 or gpus < 0:
+        raise ValueError("--nodes and --tasks-per-node must be at least 1, --gpus-per-node at least 0")
+    if given.local and nodes > 1:
+        raise ValueError("--local runs on this machine alone: leave --nodes out")
+    if not given.local:
+        _require_slurm(work)
+        partition, minutes = check_partition(given.partition or site.partition, nodes, gpus, given.time or site.time)
+    if not given.no_check and work.check:
+        work.check(arguments, nodes * tasks)
+    run_dir = work.run_dir(arguments, nodes * tasks) if work.run_dir else given.run or Path("runs") / f"{work.name}-{time.strftime('%Y%m%d-%H%M%S')}"
+    run_dir = run_dir.resolve()
+    if not given.local:
+        warn_if_not_shared(run_dir, max(nodes, items["workers"] if items else 1))
+    job = {"kind": work.name, "run_dir": str(run_dir), "cwd": os.getcwd(), "resumes": work.resumes, "together": work.together, "nodes": nodes,
+           "tasks_per_node": tasks, "gpus_per_node": gpus, "max_failures": _max_failures(work) if given.max_failures is None else given.max_failures,
+           "hang_minutes": given.hang_minutes, "user": getpass.getuser(), "site": asdict(site),
+           "command": [site.python or sys.executable, *work.arguments, *([str(run_dir)] if items else arguments)]}  # fmt: skip
+    if items:
+        job["items"] = items
+    sbatch = {} if given.local else sbatch_parameters(site, job, partition, minutes, given.signal_before, given.name or run_dir.name)
+    if items and given.at_once:
+        sbatch["array_parallelism"] = given.at_once
+    return Plan(run_dir, job, work.resumes and "--resume" not in arguments, sbatch)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Checks, all before anything is queued.
+
+
+def _require_slurm(work: Work) -> None:
+    if shutil.which("sbatch") is None:
+        raise ValueError(f"no sbatch on PATH, so this machine cannot queue Slurm jobs. Run this on the cluster's login node, or add --local: it runs "
+                         f"the same {work.name} on this machine")
+    with contextlib.suppress(ImportError):
+        import submitit  # noqa: F401
+
+        return
+    raise ValueError("submitit is not installed: pip install submitit")
+
+
+def check_partition(wanted: str | None, nodes: int, gpus: int, limit: str | None) -> tuple[str, int]:
+    """(the partition's name, the time limit in minutes). ValueError says what the cluster has."""
+    found = slurm.partitions()
+    have = ", ".join(f"{p.name} ({p.nodes} nodes, {p.gpus_per_node or 'no'} GPUs each)" for p in found.values())
+    default = next((p.name for p in found.values() if p.is_default), None)
+    name = wanted or default
+    if name is None:
+        raise ValueError(f"--partition is missing, and this cluster has no default one. It has: {have}")
+    if name not in found:
+        raise ValueError(f"--partition {name}: this cluster has no such partition. It has: {have}")
+    partition = found[name]
+    if nodes > partition.nodes:
+        raise ValueError(f"--nodes {nodes}: partition {name} has {partition.nodes}. All partitions: {have}")
+    if gpus > partition.gpus_per_node:
+        raise ValueError(f"--gpus-per-node {gpus}: the nodes of partition {name} have {partition.gpus_per_node or 'none'}. All partitions: {have}")
+    minutes = min(DEFAULT_MINUTES, partition.max_minutes or DEFAULT_MINUTES) if limit is None else slurm.minutes(limit) or DEFAULT_MINUTES
+    if partition.max_minutes and minutes > partition.max_minutes:
+        raise ValueError(f"--time {limit}: partition {name} allows {partition.max_minutes // 60}:{partition.max_minutes % 60:02d}:00. "
+                         "A longer run needs no more: it saves and comes back")
+    return name, minutes
+
+
+def warn_if_not_shared(run_dir: Path, nodes: int) -> None:
+    if nodes > 1 and any(run_dir.is_relative_to(folder) for folder in NOT_SHARED):
+        print(f"warning: {run_dir} looks like a folder of this machine alone, and the work is spread over {nodes}: what is not shared, the others "
+              "cannot write", file=sys.stderr)
+
+
+def prepare(plan: Plan) -> Path:
+    """Make RUN/launch, private to the user: submitit's job files are pickles, and whoever can write there runs code in the job."""
+    run_dir, launch = plan.run_dir, plan.run_dir / LAUNCH
+    if plan.must_be_new and any((run_dir / "checkpoints").glob("step-*")):
+        raise ValueError(f"{run_dir} already holds checkpoints: add --resume after `--` to continue that run, or choose another train.run_dir")
+    for number in {row["job"] for path in launch.glob("history*.jsonl") for row in _submissions(path)}:
+        state = slurm.job_state(number)
+        if state != "UNKNOWN" and not slurm.is_over(state):
+            raise ValueError(f"job {number} ({state.lower()}) already works on {run_dir}: scancel {number} first, or choose another run folder")
+    try:
+        launch.mkdir(parents=True, exist_ok=True)
+        launch.chmod(0o700)
+        version, difference = code_version()
+        write(launch / "code.diff", difference)
+        write(launch / "job.json", json.dumps({**plan.job, "code": version}, indent=1))
+    except OSError as error:
+        raise ValueError(f"the run folder {run_dir} cannot be written: {error}; choose another one") from None
+    return launch
+
+
+def _submissions(path: Path) -> list[dict]:
+    history = History(path.parent)
+    history.path = path
+    return [row for row in history.rows() if row["event"] == "submitted"]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The job.
+
+
+def sbatch_parameters(site: Site, job: dict, partition: str, minutes: int, signal_before: int, name: str) -> dict:
+    """In submitit's words. It takes the batch step alone: the ranks are srun's, which launchers.job calls."""
+    parameters = {
+        "job_name": re.sub(r"[^\w.-]", "-", name), "partition": partition, "account": site.account, "qos": site.qos, "constraint": site.constraint,
+        "nodes": job["nodes"], "ntasks_per_node": job["tasks_per_node"], "gpus_per_node": job["gpus_per_node"] or None,
+        "cpus_per_task": site.cpus_per_task, "time": minutes, "signal_delay_s": signal_before, "use_srun": False, "stderr_to_stdout": True,
+        "setup": [*(f"module load {shlex.quote(module)}" for module in site.modules), *site.setup,
+                  f"export PYTHONPATH={shlex.quote(str(ROOT))}${{PYTHONPATH:+:$PYTHONPATH}}"],
+        "additional_parameters": {"requeue": True, **{key.replace("-", "_"): value for key, value in site.sbatch.items()}},
+    }  # fmt: skip
+    return {key: value for key, value in parameters.items() if value is not None}
+
+
+def _executor(plan: Plan):
+    import submitit
+
+    executor = submitit.SlurmExecutor(plan.run_dir / LAUNCH / "submitit", python=shlex.quote(plan.job["command"][0]))
+    executor.update_parameters(**plan.sbatch)
+    return executor
+
+
+def script(plan: Plan) -> str:
+    """The sbatch script, to the letter."""
+    executor = _executor(plan)
+    if plan.workers > 1:
+        executor.parameters["map_count"] = plan.workers
+    return executor._make_submission_file_text(executor._submitit_command_str, "")
+
+
+def queue(plan: Plan) -> None:
+    from launchers.job import supervise
+
+    launch, executor = prepare(plan), _executor(plan)
+    if plan.workers:
+        jobs = executor.map_array(supervise, [str(launch)] * plan.workers, range(plan.workers))
+    else:
+        jobs = [executor.submit(supervise, str(launch))]
+    for worker, job in enumerate(jobs):
+        History(launch, worker if plan.workers else None).add("submitted", job=job.job_id)
+    number = jobs[0].job_id.split("_")[0]
+    print(f"queued as job {number}\n  what it does:  python -m launchers.status {plan.run_dir}\n  save and stop: scancel --signal=INT {number}")
+
+
+def run_here(work: Work, plan: Plan) -> int:
+    """The same command on this machine, one process a rank. Returns its exit status."""
+    python, *arguments = plan.job["command"]
+    ranks = plan.job["tasks_per_node"]
+    if plan.workers:
+        prepare(replace(plan, job=plan.job | {"items": plan.job["items"] | {"workers": 1}}))
+        arguments += ["--worker", "0"]
+    command = [python, *arguments]
+    if ranks > 1:
+        command[1:1] = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
+    print("+", shlex.join(command), flush=True)
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))}
+    try:
+        return subprocess.call(command, env=environment)
+    except KeyboardInterrupt:  # the ranks have it too, and save
+        return 128 + signal.SIGINT

@@ -1,0 +1,119 @@
+"""Jobs of the test cluster: queued with the launchers, as a user does, and then disturbed."""
+
+import contextlib
+import io
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+from runs import ROOT
+
+import launchers.status
+import launchers.train
+
+MISSING = [name for name in ("slurmctld", "slurmd", "munged", "sbatch", "srun") if not shutil.which(name, path=os.environ["PATH"] + ":/usr/sbin:/sbin")]
+
+
+@pytest.fixture(scope="session")
+def cluster(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("slurm")
+    script = ROOT / "tests" / "slurm" / "cluster.sh"
+    up = subprocess.run([script, "up", folder], text=True, capture_output=True, timeout=60)
+    os.environ["SLURM_CONF"] = str(folder / "slurm.conf")
+    try:
+        assert up.returncode == 0, up.stdout + up.stderr
+        yield folder
+    finally:
+        subprocess.run([script, "down", folder], check=True, timeout=60)
+        del os.environ["SLURM_CONF"]
+
+
+def python(*arguments, check=True, **options):
+    """`python -m ARGUMENTS`, finished."""
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run([sys.executable, "-m", *map(str, arguments)], cwd=ROOT, env=environment, text=True, capture_output=True, **options)
+    assert not check or done.returncode == 0, done.stdout + done.stderr
+    return done
+
+
+def slurm(*command) -> str:
+    done = subprocess.run(list(map(str, command)), text=True, capture_output=True)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+class Job:
+    """A training run, queued; `events`: what happens to it once its start number 0, 1, ... trains: functions of the job."""
+
+    def __init__(self, run_dir: Path, launcher: list, arguments: list, events=()):
+        self.run_dir, self.events, self.happened = run_dir, list(events), 0
+        said = io.StringIO()
+        with contextlib.redirect_stdout(said):
+            assert launchers.train.main([*map(str, ["--no-check", *launcher, "--", *arguments])]) == 0
+        self.number = said.getvalue().split("queued as job ")[1].split()[0]
+
+    def poke(self) -> bool:
+        """Let the next event happen if it is time; whether the job is over."""
+        if self.happened < len(self.events) and self.trains(self.happened):
+            self.happened += 1
+            self.events[self.happened - 1](self)
+        return bool(self.rows()) and self.rows()[-1]["event"] in ("end", "given up") and self.rows()[-1].get("outcome") not in ("failed", "stopped")
+
+    def rows(self) -> list[dict]:
+        path = self.run_dir / "launch" / "history.jsonl"
+        return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+    def log(self, start: int, rank=0) -> Path:
+        return self.run_dir / "launch" / f"{self.number}-{start}" / f"rank-{rank}.log"
+
+    def trains(self, start: int) -> bool:
+        return self.log(start).exists() and "min left" in self.log(start).read_text()
+
+    def wait_for(self, happened, timeout=60) -> None:
+        end = time.monotonic() + timeout
+        while not happened():
+            assert time.monotonic() < end, self.everything()
+            time.sleep(0.1)
+
+    def pid(self, rank: int) -> int:
+        """Of the rank's process, on this machine as all of them are."""
+        for process in psutil.process_iter():
+            try:
+                environment = process.environ()
+                is_rank = environment.get("SLURM_JOB_ID") == self.number and environment.get("SLURM_PROCID") == str(rank) and "SLURM_STEP_ID" in environment
+                if is_rank and any(part.endswith("train.py") for part in process.cmdline()):
+                    return process.pid
+            except psutil.Error:
+                continue
+        raise AssertionError(f"no rank {rank}: {self.everything()}")
+
+    def status(self) -> str:
+        return launchers.status.show(launchers.status.status(self.run_dir))
+
+    def everything(self) -> str:
+        logs = sorted((self.run_dir / "launch").glob(f"{self.number}-*/*.log")) + sorted((self.run_dir / "launch" / "submitit").glob("*.out"))
+        return self.status() + slurm("scontrol", "show", "job", self.number) + "".join(f"\n== {path}\n{path.read_text()[-3000:]}" for path in logs)
+
+
+def run_all(jobs: list[Job], timeout=240) -> None:
+    """Until all are over."""
+    end = time.monotonic() + timeout
+    left = list(jobs)
+    while left:
+        left = [job for job in left if not job.poke()]
+        assert time.monotonic() < end, "".join(job.everything() for job in left)
+        time.sleep(0.1)
+
+
+def signals(name: str):
+    return lambda job: slurm("scancel", f"--signal={name}", job.number)
+
+
+def requeue(job: Job) -> None:
+    slurm("scontrol", "requeue", job.number)

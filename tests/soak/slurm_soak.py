@@ -1,0 +1,93 @@
+"""The launchers under heavy fire, on the two-node test cluster: minutes, and therefore not part of `make test`.
+
+    make soak [MOMENTS=10] [ARGS="-k moments"]
+
+One run is preempted, requeued and killed at random moments, start-ups and saves included, and ends with the bits of an undisturbed one. Then:
+a real time limit, a rank that hangs, a step that always fails.
+"""
+
+import os
+import random
+import signal
+import time
+
+import pytest
+from runs import BareRanks, assert_same_checkpoint, overrides
+from slurm_jobs import MISSING, Job, cluster, requeue, run_all, signals  # noqa: F401: cluster is a fixture
+
+pytestmark = pytest.mark.skipif(bool(MISSING), reason=f"no {', '.join(MISSING)} here: apt-get install slurm-wlm munge")
+MOMENTS = int(os.environ.get("MOMENTS", "10"))
+SEED = int(os.environ.get("SEED", time.time_ns() % 10**6))
+FOREVER = dict(train__images=10**8, train__log_every=80, train__checkpoint_every=800, train__threads=1, sample__every=0)
+
+
+def kill_a_rank(job, number=signal.SIGKILL):
+    os.kill(job.pid(1), number)
+
+
+def test_random_moments(cluster, settings, tmp_path):  # noqa: F811
+    rng = random.Random(SEED)
+    length = FOREVER | dict(train__images=600 * MOMENTS)
+    kinds = {"USR2": signals("USR2"), "TERM": signals("TERM"), "requeue": requeue, "kill -9": kill_a_rank}
+    job = Job(tmp_path / "run", ["--nodes", 2, "--time", "60"], overrides(settings, **length))
+    happened = []
+    for start in range(MOMENTS):
+        job.wait_for(lambda: job.log(start, 1).exists(), timeout=300)  # noqa: B023
+        kind = rng.choice(list(kinds))
+        if kind == "kill -9" or rng.random() < 0.6:
+            job.wait_for(lambda: job.trains(start), timeout=300)  # noqa: B023
+            time.sleep(rng.uniform(0, 2))
+        else:
+            time.sleep(rng.uniform(0, 6))
+        kinds[kind](job)
+        happened.append(kind)
+    run_all([job], timeout=900)
+    ends = [row["outcome"] for row in job.rows() if row["event"] == "end"]
+    assert ends == ["failed" if kind == "kill -9" else "stopped" for kind in happened] + ["finished"], job.everything()
+    straight = BareRanks(*overrides(settings, train__run_dir=tmp_path / "straight", **length), log=tmp_path / "log")
+    assert straight.wait(900) == [0, 0], straight.output
+    name = f"step-{600 * MOMENTS:09d}"
+    assert_same_checkpoint(tmp_path / "straight" / "checkpoints" / name, job.run_dir / "checkpoints" / name)
+
+
+def test_the_time_limit_a_hung_rank_and_a_step_that_always_fails(cluster, settings, tmp_path):  # noqa: F811
+    def queue(name, launcher, *events, **changes):
+        run_dir = tmp_path / name
+        return Job(run_dir, [*launcher, "--name", name], overrides(settings, train__run_dir=run_dir, **FOREVER | changes), events)
+
+    limit = queue("limit", ["--time", "2", "--signal-before", 60])
+    limit.wait_for(lambda: any(row["event"] == "requeued" for row in limit.rows()), timeout=200)
+    first = next(row for row in limit.rows() if row["event"] == "end")
+    assert (first["outcome"], first["reason"]) == ("stopped", "by SIGUSR2") and first["images"] > 0
+    limit.wait_for(lambda: limit.trains(1), timeout=200)
+    signals("INT")(limit)
+    limit.wait_for(lambda: limit.rows()[-1].get("outcome") == "by hand", timeout=60)
+
+    hung = queue("hung", ["--nodes", 2, "--time", "30", "--hang-minutes", 0.3, "--max-failures", 0], lambda job: kill_a_rank(job, signal.SIGSTOP))
+    run_all([hung])
+    said = hung.status()
+    assert "given up" in said and "hung: nothing was written for 0.3 min; rank 1 does not answer" in said
+    assert "torch/distributed" in hung.log(0, 0).read_text()  # the stack of the rank that waited
+
+    # No sample of the fourth step can be read: every start gets as far as the third.
+    failing = queue("failing", ["--time", "30"], data__shards=poisoned(tmp_path), data__cache_latents="false", data__workers=0, data__max_bad=0,
+                    train__log_every=16, train__checkpoint_every=10**6)
+    run_all([failing])
+    assert [row["outcome"] for row in failing.rows() if row["event"] == "end"] == ["failed"] * 3
+    assert "failed 3 times without getting further than" in failing.status() and "bad samples skipped" in failing.status()
+
+
+def poisoned(tmp_path):
+    """Shards of 256 squares, one of which is damaged."""
+    from PIL import Image
+
+    from proxt2i.data.shards import write_samples
+
+    samples = [{"key": f"{i:04d}", "image": Image.new("RGB", (32, 32), (220, 40, 40)), "caption": "a red square"} for i in range(256)]
+    write_samples(tmp_path / "poisoned", samples, shard_size=256)
+    shard = next((tmp_path / "poisoned").glob("*.tar"))
+    data = bytearray(shard.read_bytes())
+    at = data.index(b"\x89PNG", len(data) // 2)
+    data[at:at + 16] = bytes(16)
+    shard.write_bytes(data)
+    return tmp_path / "poisoned"

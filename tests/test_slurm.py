@@ -1,0 +1,78 @@
+"""Jobs on a real Slurm cluster of two nodes, which tests/slurm/cluster.sh starts on this machine: preempted, killed, requeued, finished."""
+
+import json
+import os
+import signal
+import time
+from pathlib import Path
+
+import pytest
+from runs import BareRanks, assert_same_checkpoint, overrides
+from slurm_jobs import MISSING, Job, cluster, python, requeue, run_all, signals, slurm  # noqa: F401: cluster is a fixture
+
+pytestmark = pytest.mark.skipif(bool(MISSING), reason=f"no {', '.join(MISSING)} here: apt-get install slurm-wlm munge")
+LENGTH = dict(train__images=2400, train__log_every=80, train__checkpoint_every=800, train__threads=1, sample__every=0)
+
+
+def kill_rank_1(job):
+    """It must be known within 30 s, and who it was."""
+    os.kill(job.pid(1), signal.SIGKILL)
+    killed = time.monotonic()
+    job.wait_for(lambda: any(row.get("outcome") == "failed" for row in job.rows()), timeout=30)
+    job.noticed_after = time.monotonic() - killed
+    job.status_after_the_kill = job.status()
+
+
+def test_every_preemption_and_a_killed_rank_leave_no_trace_in_the_weights(cluster, settings, tmp_path):
+    def queue(name, nodes, *events):
+        run_dir = tmp_path / name
+        arguments = overrides(settings, train__run_dir=run_dir, **LENGTH)
+        return Job(run_dir, ["--nodes", nodes, "--time", "30", "--name", name], arguments, events)
+
+    jobs = [queue("two-nodes", 2, signals("USR2"), kill_rank_1), queue("one-node", 1, signals("TERM"), requeue)]
+    straight = {ranks: BareRanks(*overrides(settings, train__run_dir=tmp_path / f"straight-{ranks}", **LENGTH), ranks=ranks, log=tmp_path / f"log-{ranks}")
+                for ranks in (1, 2)}
+    run_all(jobs)
+    for ranks, run in straight.items():
+        assert run.wait() == [0] * ranks, run.output
+
+    outcomes = {job.run_dir.name: [row["outcome"] for row in job.rows() if row["event"] == "end"] for job in jobs}
+    assert outcomes == {"two-nodes": ["stopped", "failed", "finished"], "one-node": ["stopped", "stopped", "finished"]}
+    by = {job.run_dir.name: [row["by"] for row in job.rows() if row["event"] == "requeued"] for job in jobs}
+    assert by == {"two-nodes": ["launchers", "launchers"], "one-node": ["launchers", "Slurm"]}
+    for job, ranks in zip(jobs, (2, 1)):
+        starts = [row["images"] for row in job.rows() if row["event"] == "start"]
+        assert starts[0] == 0 and sorted(starts) == starts and starts[1] > 0 and len(starts) == 3, job.everything()
+        assert_same_checkpoint(tmp_path / f"straight-{ranks}" / "checkpoints" / "step-000002400", job.run_dir / "checkpoints" / "step-000002400", ranks)
+        assert "train, finished" in job.status() and "2,400 images of 2,400 (100.0%)" in job.status()
+    said = jobs[0].status_after_the_kill
+    assert jobs[0].noticed_after < 30
+    assert "failed: rank 1 ended first, by SIGKILL" in said and "died without a word" in said and "node[1-2]" in said
+
+
+def test_an_array_names_its_poisoned_items(cluster, tmp_path):
+    (tmp_path / "list").write_text("\n".join(f"item-{i}" for i in range(20)))
+    command = ["bash", "-c", 'echo {item}; [ {index} != 7 ] && [ {index} != 16 ]']
+    done = python("launchers.array", "--jobs", 3, "--tries", 2, "--list", tmp_path / "list", "--run", tmp_path / "run", "--wait", "--", *command, check=False)
+    assert done.returncode == 1 and "18 of 20 items done, 2 failed, 0 left" in done.stdout, done.stdout + done.stderr
+    failed = json.loads((tmp_path / "run" / "summary.json").read_text())["failed"]
+    assert [(item["index"], item["item"], item["tries"]) for item in failed] == [(7, "item-7", 2), (16, "item-16", 2)]
+    assert Path(failed[0]["log"]).read_text() == "item-7\nitem-7\n"
+    assert (tmp_path / "run" / "items" / "000003.log").read_text() == "item-3\n"
+
+
+def test_what_the_cluster_cannot_give_is_refused_with_what_it_has(cluster, settings, tmp_path):
+    def refused(*launcher, **changes):
+        done = python("launchers.train", "--no-check", *launcher, "--", *overrides(settings, **changes), check=False)
+        assert done.returncode == 2 and done.stdout == ""
+        return done.stderr
+
+    assert "no such partition. It has: tiny (2 nodes, 2 GPUs each), one (1 nodes" in refused("--partition", "nope")
+    assert "--nodes 3: partition tiny has 2" in refused("--nodes", 3)
+    assert "--gpus-per-node 4: the nodes of partition tiny have 2" in refused("--gpus-per-node", 4)
+    assert "--time 3:00:00: partition tiny allows 2:00:00" in refused("--time", "3:00:00")
+    (tmp_path / "file").touch()
+    assert "cannot be written" in refused(train__run_dir=tmp_path / "file" / "run")
+    (tmp_path / "run" / "checkpoints" / "step-000000064").mkdir(parents=True)
+    assert "already holds checkpoints: add --resume" in refused()
+    assert slurm("squeue", "-h") == ""
