@@ -296,7 +296,7 @@ def test_batches_from_latents_are_those_from_images(components, shards, settings
 
 def test_two_ranks_train_from_bucketed_latents_and_resume_bit_equal(encode, settings, tmp_path):
     latents, broken, straight = encode("made", dtype="fp16"), tmp_path / "run", tmp_path / "straight"
-    common = dict(data__shards=latents, data__flip="true", data__workers=1, train__images=256, sample__every=0, sample__size="32x16")
+    common = dict(data__shards=latents, data__flip="true", data__workers=0, train__images=256, sample__every=0, sample__size="32x16")
     unbroken = BareRanks(*overrides(settings, **common, train__run_dir=straight), log=tmp_path / "unbroken")
     run = BareRanks(*overrides(settings, **common), log=tmp_path / "killed")
     assert wait_for((broken / "checkpoints" / "latest").exists, run), run.output
