@@ -79,6 +79,16 @@ class TextEncoder(nn.Module):
                 cut[row] |= len(ids) > length
         return cut
 
+    def unheard(self, caption: str) -> str:
+        """The end of the caption that no encoder is shown because it is too long; "" when one hears all of it."""
+        ends = []
+        for tokenizer, length in zip(self.tokenizers, self.lengths):
+            ids = tokenizer(caption, verbose=False)["input_ids"]
+            if len(ids) <= length:
+                return ""
+            ends.append(tokenizer.decode(ids[length - 1:-1]))  # the last place is that of the end token
+        return min(ends, key=len)
+
     @property
     def device(self) -> torch.device:
         return next(self.encoders.parameters()).device
