@@ -6,7 +6,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable, Iterator, Sequence
 
 import torch
@@ -17,8 +16,6 @@ from .diffusion import VPSchedule, guidance_scales, guided, make_plan, prox_from
 from .diffusion.plan import Plan
 from .images import to_uint8
 from .models.bundle import Bundle, Settings
-
-log = logging.getLogger(__name__)
 
 
 def plan_of(settings: Settings, num_steps: int | None = None, plan: str | None = None) -> Plan:
@@ -62,14 +59,6 @@ def latent_size(bundle: Bundle, size: tuple[int, int] | None = None) -> tuple[in
         nearest = "x".join(str(max(1, round(side / step)) * step) for side in size)
         raise ValueError(f"size {size[0]}x{size[1]}: height and width must be multiples of {step} pixels for this model; the nearest is {nearest}")
     return size[0] // factor, size[1] // factor
-
-
-def warn_unheard(bundle: Bundle, prompts: Sequence[str]) -> None:
-    """Logs what of each prompt is too long for the text encoders."""
-    for prompt in dict.fromkeys(prompts):
-        if end := bundle.text.unheard(prompt):
-            log.warning("the prompt is longer than the model's %s tokens; it does not hear %r, the end of %r",
-                        max(bundle.text.lengths), end, prompt)
 
 
 @torch.no_grad()

@@ -14,7 +14,7 @@ from .models.bundle import EMBEDDED, Bundle, Settings, check_fit, find_component
 from .models.text import TextEncoder
 from .models.uvit import UViT2DModel
 from .models.vae import LatentCodec, PixelSpace
-from .pipeline import guidance_of, latent_size, plan_of, sample_latents, warn_unheard
+from .pipeline import guidance_of, latent_size, plan_of, sample_latents
 
 OUTPUT_TYPES = ("pil", "pt", "np", "latent")
 
@@ -159,7 +159,7 @@ class ProxT2IPipeline(DiffusionPipeline):
         guidance_scale, guidance_below = guidance_of(bundle.settings, guidance_scale, guidance_below)
         negatives = self._negatives(negative_prompt, prompts, num_images_per_prompt)
         seeds = self._seeds(seeds, generator, len(prompts), num_images_per_prompt)
-        warn_unheard(bundle, [*prompts, *(negatives or ())])
+        bundle.text.warn_unheard([*prompts, *(negatives or ())])
 
         self._interrupt = False
         prompts = [p for p in prompts for _ in range(num_images_per_prompt)]

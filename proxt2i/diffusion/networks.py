@@ -45,12 +45,14 @@ class TableSchedule:
         return -math.expm1(-self._integral(t))
 
     def t_of_alpha(self, alpha: float) -> float:
-        integral = -math.log(alpha)
-        if integral > self.integrals[-1] * (1 + 1e-9):
-            raise ValueError(f"a step asks for alpha = {alpha:.2e}, beyond the network's last timestep ({math.exp(-self.integrals[-1]):.2e}): take more steps or another plan")
-        n = next(n for n, high in enumerate(self.integrals[1:]) if integral <= high * (1 + 1e-9))
+        """Beyond 1, where "backward" asks in its first steps, with the last beta; ValueError beyond 1.01."""
+        integral, last = -math.log(alpha), self.num_timesteps - 1
+        n = next((n for n in range(last) if integral <= self.integrals[n + 1]), last)
         low, high = self.integrals[n], self.integrals[n + 1]
-        return (n + (integral - low) / (high - low)) / self.num_timesteps
+        t = (n + (integral - low) / (high - low)) / self.num_timesteps
+        if t > 1.01:
+            raise ValueError(f"the network would be asked at timestep {self.timestep(t):.0f} of {self.num_timesteps}: take more steps or another plan")
+        return t
 
     def tau(self, t: float, lam: float) -> float:
         return self.t_of_alpha(self.alpha(t) / (1 + lam))

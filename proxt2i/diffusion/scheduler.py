@@ -104,7 +104,11 @@ class ProximalScheduler(SchedulerMixin, ConfigMixin):
         FlowMatchEulerDiscreteScheduler, which computes them. Default: T - 1 and down in equal parts ("trailing"), as pure noise is
         the last timestep's distribution and no other's. Raises ValueError for a step count or a plan that does not work.
         """
-        self.plan, times = self._make_plan(num_inference_steps or (None if timesteps or sigmas is not None else self.config.num_steps), timesteps, sigmas, mu)
+        if num_inference_steps is None and timesteps is None and sigmas is None:
+            num_inference_steps = self.config.num_steps
+        if num_inference_steps is not None and num_inference_steps < 1:
+            raise ValueError(f"num_inference_steps={num_inference_steps}: must be at least 1")
+        self.plan, times = self._make_plan(num_inference_steps, timesteps, sigmas, mu)
         self.num_inference_steps = self.plan.num_steps
         rows = [step_row(**row) for row in network_rows(self.plan, times, self.prediction, self.schedule)]
         self._rows = torch.tensor(rows, dtype=torch.float64, device=device)
@@ -208,13 +212,13 @@ class ProximalScheduler(SchedulerMixin, ConfigMixin):
         config, schedule = self.config, self.schedule
         if config.prediction_type == "flow_prediction":
             flow = FlowMatchEulerDiscreteScheduler(**{key: config[key] for key in _FLOW})
-            if timesteps:
+            if timesteps is not None:
                 raise ValueError("flow networks take sigmas (before the shift) or num_inference_steps, not timesteps")
             sigmas = [1 - i / num_steps for i in range(num_steps)] if sigmas is None else sigmas
             flow.set_timesteps(sigmas=sigmas, mu=mu if config.use_dynamic_shifting else None)
             times = [min(sigma, LARGEST_SIGMA) for sigma in flow.sigmas[:-1].double().tolist()]
         elif config.prediction_type == "prox" or config.plan != "relaxed":
-            if timesteps or sigmas is not None:
+            if timesteps is not None or sigmas is not None:
                 raise ValueError("own timesteps need plan='relaxed' and a network that predicts epsilon or v; the other plans follow from num_inference_steps")
             plan = make_plan(config.plan, num_steps, schedule, config.grid, eta=config.eta, extrapolation=config.extrapolation)
             return plan, plan.tau
@@ -223,8 +227,8 @@ class ProximalScheduler(SchedulerMixin, ConfigMixin):
                 raise ValueError("sigmas are for flow networks; give timesteps or num_inference_steps")
             total = schedule.num_timesteps
             if timesteps is None:
-                if not 1 <= num_steps <= total:
-                    raise ValueError(f"num_inference_steps={num_steps}: must be between 1 and the {total} timesteps of training")
+                if num_steps > total:
+                    raise ValueError(f"num_inference_steps={num_steps}: must be at most the {total} timesteps of training")
                 timesteps = [round(total * (1 - i / num_steps)) - 1 for i in range(num_steps)]
             elif not all(0 <= t < total for t in timesteps):
                 raise ValueError(f"timesteps {list(timesteps)}: must lie between 0 and {total - 1}")
