@@ -21,7 +21,7 @@ from .models.bundle import Bundle, Settings
 def plan_of(settings: Settings, num_steps: int | None = None, plan: str | None = None) -> Plan:
     """The sampling plan that `settings` (scheduler_config.json) describes, with two choices of the caller's."""
     schedule = VPSchedule(settings.beta_min, settings.beta_max)
-    return make_plan(plan or settings.plan, num_steps or settings.num_steps, schedule, settings.grid,
+    return make_plan(plan or settings.plan, settings.num_steps if num_steps is None else num_steps, schedule, settings.grid,
                      eta=settings.eta, extrapolation=settings.extrapolation)
 
 

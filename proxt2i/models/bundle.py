@@ -86,7 +86,8 @@ def load_components(folder: Path | str, device="cpu", dtype: torch.dtype = torch
 def find_components(folder: Path) -> Path:
     """`folder` when it holds (or its model_index.json lists) a text encoder or VAE; else the embedded assets."""
     index = folder / "model_index.json"
-    listed = read_json(index) if index.exists() else {}
+    entries = read_json(index) if index.exists() else {}
+    listed = [name for name, value in entries.items() if isinstance(value, list) and value[0]]  # diffusers lists absent ones as null
     own = [name for name in ("vae", "text_encoder", "tokenizer") if name in listed or (folder / name).exists()]
     for name in own:
         if name in listed and not (folder / name).is_dir():
