@@ -31,7 +31,7 @@ def samplers(betas: dict, flow: bool) -> dict:
     config = FlowMatchEulerDiscreteScheduler(shift=3.0).config if flow else DDIMScheduler(**betas, clip_sample=False).config
     multistep = dict(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0) if flow else dict(**betas, timestep_spacing="trailing")
     ours = {
-        "relaxed": {}, "relaxed, eta 0": dict(eta=0.0), "relaxed, eta 0, no memory": dict(eta=0.0, extrapolation=0.0),
+        "relaxed": {}, "relaxed, no memory": dict(extrapolation=0.0), "relaxed, eta 1": dict(eta=1.0),
         **({} if flow else {plan: dict(plan=plan) for plan in ("hybrid", "variance_preserving", "ode")}),
     }
     theirs = {"euler": FlowMatchEulerDiscreteScheduler(shift=3.0)} if flow else {

@@ -13,7 +13,7 @@ from diffusers import (
 from foreign import SCALED_LINEAR
 
 from proxt2i import ProximalScheduler
-from proxt2i.diffusion import VPSchedule, make_plan, trajectory
+from proxt2i.diffusion import VPSchedule, make_plan, precondition, trajectory
 from proxt2i.ops import philox_normal
 
 MEANS, STDS, WEIGHTS = (-1.2, 0.7), (0.15, 0.25), (0.3, 0.7)  # of a mixture on the line
@@ -199,7 +199,7 @@ def test_it_drops_into_pipelines_of_diffusers(make):
     pipe, inputs = make()
     pipe.set_progress_bar_config(disable=True)
     flows = isinstance(pipe.scheduler, FlowMatchEulerDiscreteScheduler)
-    pipe.scheduler = ProximalScheduler.from_config(pipe.scheduler.config)
+    pipe.scheduler = ProximalScheduler.from_config(pipe.scheduler.config, eta=1.0)
     asked = []
     network = pipe.transformer if flows else pipe.unet
     network.register_forward_pre_hook(lambda module, args, kwargs: asked.append((kwargs["timestep"] if flows else args[1]).flatten()[0].item()), with_kwargs=True)
@@ -241,7 +241,7 @@ def test_from_a_picture_that_is_half_noised():
 
 def test_without_a_generator_a_pictures_noise_is_its_own():
     """SD3 and Flux pass none: noise is a function of the picture's first state, whatever else is in the batch."""
-    scheduler = ProximalScheduler.from_config(flow())
+    scheduler = ProximalScheduler.from_config(flow(), eta=1.0)
     predict, x = network(scheduler), normal(3, 64).float()
     together, _ = run(scheduler, predict, x, num_inference_steps=4)
     torch.randn(5)
@@ -254,7 +254,7 @@ def test_without_a_generator_a_pictures_noise_is_its_own():
 
 
 def test_generators_draw_the_noise_and_half_precision_is_kept():
-    scheduler = ProximalScheduler.from_config(sd())
+    scheduler = ProximalScheduler.from_config(sd(), eta=1.0)
     scheduler.set_timesteps(4)
     x, output = torch.randn(2, 3, 4, 4), torch.randn(2, 3, 4, 4)
 
@@ -339,3 +339,13 @@ def test_gamma_of_whole_timesteps_is_the_chains():
         assert schedule.beta_integral(low / 1000, high / 1000) == pytest.approx(-torch.log1p(-betas[low:high]).sum().item(), rel=1e-4)
     assert schedule.alpha(0.0) == 1 and schedule.t_of_alpha(schedule.alpha(0.3217)) == pytest.approx(0.3217)
     assert VPSchedule().tau(0.5, 0.0) == pytest.approx(0.5)
+
+
+def test_preconditioned_score_and_prox_networks_ask_their_blocks_for_the_same():
+    """So `model.init_from` a score network starts from the right function of the input (docs/any-model.md)."""
+    schedule, t, lam = VPSchedule(), torch.tensor([0.0, 0.3, 0.75], dtype=torch.float64), torch.tensor([0.6, 1.5, 4.4], dtype=torch.float64)
+    x, blocks = torch.randn(2, 3, dtype=torch.float64)
+    skip, out = precondition(t, lam)
+    score_skip, score_out = precondition(schedule.tau(t, lam), torch.zeros_like(lam))
+    of_all_noise = (lam / (schedule.one_minus_alpha(t) + lam)).sqrt()
+    torch.testing.assert_close(skip * (1 + lam).sqrt() * x + out * blocks, of_all_noise * (score_skip * x + score_out * blocks))

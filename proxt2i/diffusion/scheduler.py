@@ -86,7 +86,7 @@ class ProximalScheduler(SchedulerMixin, ConfigMixin):
         """From a configuration of its own, or of any diffusers scheduler of a variance-preserving or flow-matching model.
 
         The other scheduler's way of choosing timesteps (timestep_spacing, Karras sigmas, ...) is not taken over, its noise schedule and
-        prediction type are. kwargs override. ValueError for what cannot be taken over.
+        prediction type are; eta is 0 then (docs/any-model.md). kwargs override. ValueError for what cannot be taken over.
         """
         public = {key for key in config if not key.startswith("_")}
         if public and not public & set(_OWN):
@@ -257,7 +257,7 @@ def adopt(config: dict) -> dict:
     if config.get("variance_type") in ("learned", "learned_range"):
         refuse(f"variance_type={config['variance_type']!r}", "networks that also predict a variance are not supported")
     if config.get("use_flow_sigmas") or ("shift" in config and "beta_schedule" not in config):
-        taken = {key: config[key] for key in _FLOW if key in config} | {"prediction_type": "flow_prediction"}
+        taken = {key: config[key] for key in _FLOW if key in config} | {"prediction_type": "flow_prediction", "eta": 0.0}
         if config.get("use_flow_sigmas"):
             taken["shift"] = config.get("flow_shift", 1.0)
         return taken
@@ -268,7 +268,7 @@ def adopt(config: dict) -> dict:
         refuse(f"prediction_type={config['prediction_type']!r}", f"networks that predict {', '.join(PREDICTIONS[1:])} are supported")
     betas = config.get("trained_betas")
     taken = {key: config[key] for key in (*_TABLE, "prediction_type") if key in config}
-    return taken | {"trained_betas": None if betas is None else [float(beta) for beta in betas]}
+    return taken | {"eta": 0.0, "trained_betas": None if betas is None else [float(beta) for beta in betas]}
 
 
 def seeds_of(state: Tensor) -> Tensor:
