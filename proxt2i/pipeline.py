@@ -1,17 +1,18 @@
 """Prompt to picture: text encoders, proximal sampler, VAE, in one function.
 
-`python -m proxt2i.sample`, `python -m proxt2i.evaluate` and the trainer's sample grids all draw through `generate`.
+`python -m proxt2i.sample`, `python -m proxt2i.evaluate` and the trainer's sample grids all draw through `generate`; it and
+`ProxT2IPipeline` (pipeline_diffusers.py) share `sample_latents`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from .diffusion import VPSchedule, guidance_scales, guided, make_plan, prox_from_eps, sample
+from .diffusion import VPSchedule, guidance_scales, guided, make_plan, prox_from_eps, trajectory
 from .diffusion.plan import Plan
 from .images import to_uint8
 from .models.bundle import Bundle, Settings
@@ -20,7 +21,8 @@ from .models.bundle import Bundle, Settings
 def plan_of(settings: Settings, num_steps: int | None = None, plan: str | None = None) -> Plan:
     """The sampling plan that `settings` (scheduler_config.json) describes, with two choices of the caller's."""
     schedule = VPSchedule(settings.beta_min, settings.beta_max)
-    return make_plan(plan or settings.plan, num_steps or settings.num_steps, schedule, settings.grid, extrapolation=settings.extrapolation)
+    return make_plan(plan or settings.plan, settings.num_steps if num_steps is None else num_steps, schedule, settings.grid,
+                     eta=settings.eta, extrapolation=settings.extrapolation)
 
 
 def guidance_of(settings: Settings, scale: float | None = None, below: float | None = None) -> tuple[float, float]:
@@ -60,6 +62,55 @@ def latent_size(bundle: Bundle, size: tuple[int, int] | None = None) -> tuple[in
 
 
 @torch.no_grad()
+def sample_latents(
+    bundle: Bundle,
+    prompts: Sequence[str],
+    seeds: Sequence[int],
+    *,
+    negative_prompts: Sequence[str] | None = None,
+    num_steps: int | None = None,
+    guidance_scale: float | None = None,
+    plan: str | None = None,
+    guidance_below: float | None = None,
+    size: tuple[int, int] | None = None,
+    batch_size: int = 64,
+    device: torch.device | str | None = None,
+    callback: Callable[[int, Tensor, Tensor], bool | None] | None = None,
+    after_step: Callable[[], object] = lambda: None,
+) -> Iterator[Tensor]:
+    """The latents of one picture per (prompt, seed), batch after batch: float32 [up to batch_size, C, h, w] on `device`.
+
+    negative_prompts: what guidance leads away from, one a picture; None: the empty caption.  device: default the U-ViT's.
+    callback(i, y, x) after step i of a batch: see `diffusion.sample`; the batch ends with this x when it returns False.
+    after_step: called after every step.  All else: see `generate`, whose errors it raises.
+    """
+    if len(prompts) != len(seeds):
+        raise ValueError(f"{len(prompts)} prompts but {len(seeds)} seeds: give one seed per picture")
+    steps = plan_of(bundle.settings, num_steps, plan)
+    scales = guidance_scales(steps.tau, *guidance_of(bundle.settings, guidance_scale, guidance_below))
+    device = torch.device(device) if device else next(bundle.uvit.parameters()).device
+    shape = (bundle.uvit.config.in_channels, *latent_size(bundle, size))
+    seeds = torch.as_tensor(seeds, dtype=torch.int64, device=device)
+
+    def encoded(captions):  # every distinct one once, and the row of each picture's
+        distinct = list(dict.fromkeys(captions))
+        return bundle.text(distinct), torch.tensor([distinct.index(caption) for caption in captions], device=device)
+
+    text, row = encoded(prompts)
+    null_text, null_row = encoded(negative_prompts) if negative_prompts is not None else (bundle.text([""]), None)
+    for chosen in torch.arange(len(prompts), device=device).split(batch_size):
+        null = null_text if null_row is None else [e[null_row[chosen]] for e in null_text]
+        eps_fn = guided(bundle.uvit, [e[row[chosen]] for e in text], null)
+        if bundle.settings.objective == "score":
+            eps_fn = prox_from_eps(eps_fn, steps.schedule)
+        for i, y, x in trajectory(eps_fn, steps, shape, seeds[chosen], guidance_scale=scales, want_x=callback is not None):
+            after_step()
+            if callback is not None and callback(i, y, x) is False:
+                break
+        yield x
+
+
+@torch.no_grad()
 def generate(
     bundle: Bundle,
     prompts: Sequence[str],
@@ -82,27 +133,12 @@ def generate(
     batch_size: pictures sampled together (guidance doubles the network's batch). callback(i, y, x): see `diffusion.sample`, called for every batch.
     Raises ValueError for an invalid plan, step count, guidance or size, before anything is computed.
     """
-    if len(prompts) != len(seeds):
-        raise ValueError(f"{len(prompts)} prompts but {len(seeds)} seeds: give one seed per picture")
-    steps = plan_of(bundle.settings, num_steps, plan)
-    scales = guidance_scales(steps.tau, *guidance_of(bundle.settings, guidance_scale, guidance_below))
-    device = next(bundle.uvit.parameters()).device
-    shape = (bundle.uvit.config.in_channels, *latent_size(bundle, size))
-
-    distinct = list(dict.fromkeys(prompts))  # every prompt is encoded once
-    text = bundle.text(distinct)
-    null_text = bundle.text([""])
-    row = torch.tensor([distinct.index(p) for p in prompts], device=text[0].device)
-    seeds = torch.as_tensor(seeds, dtype=torch.int64, device=device)
-
     pictures = []
     with tqdm(total=len(prompts), desc="sampling", unit="image", disable=not progress) as bar:
-        for chosen in torch.arange(len(prompts), device=device).split(batch_size):
-            eps_fn = guided(bundle.uvit, [e[row[chosen]] for e in text], null_text)
-            if bundle.settings.objective == "score":
-                eps_fn = prox_from_eps(eps_fn, steps.schedule)
-            latents = sample(eps_fn, steps, shape, seeds[chosen], guidance_scale=scales, callback=callback)
-            images = bundle.codec.decode(latents)
-            pictures.append(to_uint8(images).cpu())
-            bar.update(len(chosen))
+        for latents in sample_latents(
+            bundle, prompts, seeds, num_steps=num_steps, guidance_scale=guidance_scale, plan=plan, guidance_below=guidance_below,
+            size=size, batch_size=batch_size, callback=callback,
+        ):  # fmt: skip
+            pictures.append(to_uint8(bundle.codec.decode(latents)).cpu())
+            bar.update(len(latents))
     return torch.cat(pictures)

@@ -110,6 +110,7 @@ def run(args: argparse.Namespace, prompts: list[str]) -> int:
     plan = plan_of(bundle.settings, args.steps, args.plan)
     guidance, below = guidance_of(bundle.settings, args.guidance, args.guidance_below)
     latent_size(bundle, args.size)  # refused before the folder is made
+    bundle.text.warn_unheard(prompts)
     args.out.mkdir(parents=True, exist_ok=True)
 
     seeds = [args.seed + i for i in range(args.num_images)]

@@ -254,7 +254,7 @@ def test_small_folder_falls_back_to_embedded_components(components, tmp_path, mo
     monkeypatch.setattr(bundle, "EMBEDDED", components)
     text, codec = load_components(components)
     save_bundle(tmp_path / "small", Bundle(make_uvit(), text, codec, source=components), with_components=False)
-    assert sorted(p.name for p in (tmp_path / "small").iterdir()) == ["model_index.json", "scheduler", "uvit"]
+    assert sorted(p.name for p in (tmp_path / "small").iterdir()) == ["README.md", "model_index.json", "pipeline.py", "scheduler", "uvit"]
     loaded = load_bundle(tmp_path / "small")
     assert loaded.source == components and loaded.text.dims == [16, 12] and loaded.codec.channels == 4
     monkeypatch.setattr(bundle, "EMBEDDED", tmp_path / "nowhere")

@@ -95,6 +95,15 @@ def make_plan(name: str, num_steps: int, schedule: VPSchedule = VPSchedule(), gr
     return Plan(name, num_steps, t, lam, a, b, (1.0,) * num_steps, (0.0,) * num_steps, schedule)
 
 
+def relaxed_plan(alphas: Sequence[float], schedule: VPSchedule, eta: float = 1.0, extrapolation: float = 1.0) -> Plan:
+    """The plan "relaxed" that shows the network the noise levels `alphas`, rising, in (0, 1), through proxes of the clean density.
+
+    The split of a level into t and lam does not matter to a posterior mean: all are the same function of the input.
+    """
+    t, lam = (0.0,) * len(alphas), tuple((1 - alpha) / alpha for alpha in alphas)
+    return Plan("relaxed", len(alphas), t, *_relaxed(t, lam, schedule, eta, extrapolation), schedule)
+
+
 def _relaxed(t, lam, schedule, eta, extrapolation):
     """Columns lam, a, b, rho, m of the plan that never shows the network more noise than it was trained on (ours).
 

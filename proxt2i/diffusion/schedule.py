@@ -49,3 +49,16 @@ class VPSchedule:
         integral = -_apply("log", alpha)
         root = _apply("sqrt", self.beta_min**2 + 2 * (self.beta_max - self.beta_min) * integral)
         return 2 * integral / (self.beta_min + root)
+
+    # what a scheduler of diffusers asks for; networks.py has the schedules of other models' networks
+
+    def timestep(self, t):
+        """What the network is told at time t."""
+        return t
+
+    def time(self, timestep):
+        return timestep
+
+    def size(self, t):
+        """sqrt(signal^2 + noise^2) of the network's input."""
+        return 1.0

@@ -1,12 +1,14 @@
 """A model folder in the diffusers layout: U-ViT, text encoders, VAE and sampling settings, loaded and saved as one.
 
     MODEL/model_index.json  uvit/  scheduler/scheduler_config.json
-          text_encoder/  tokenizer/  [text_encoder_2/ tokenizer_2/]  [vae/]
+          text_encoder/  tokenizer/  [text_encoder_2/ tokenizer_2/]  [vae/]  README.md  pipeline.py
 
-A folder may hold only uvit/ and scheduler/: text encoder and VAE then are the ones embedded in this package.
+A folder may hold only uvit/ and scheduler/: text encoder and VAE then are the ones embedded in this package. `load_bundle`,
+`ProxT2IPipeline.from_pretrained` and, through pipeline.py, `diffusers.DiffusionPipeline.from_pretrained` read it.
 """
 
 import difflib
+import inspect
 import json
 import shutil
 import tempfile
@@ -18,6 +20,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 from ..config import OBJECTIVES
+from ..diffusion.scheduler import ProximalScheduler
 from .files import atomic_folder, check_component, check_safetensors, read_json, require_folder
 from .text import ENCODERS, TextEncoder
 from .uvit import UViT2DModel
@@ -39,7 +42,8 @@ class Settings:
     grid: str = "uniform"
     guidance_below: float = 0.35  # guide only steps with the noise of a time up to this one (1: all, 0: the last)
     objective: str = "prox"  # what the network was trained as: prox, or score (it is then asked for proxes through the exact equivalence)
-    extrapolation: float = 1.0  # memory of the plan relaxed; 0: none, as GRPO trains it
+    eta: float = 1.0  # fresh noise of the plan "relaxed"
+    extrapolation: float = 1.0  # and its memory; 0: none, as GRPO trains it
 
 
 @dataclass
@@ -82,7 +86,8 @@ def load_components(folder: Path | str, device="cpu", dtype: torch.dtype = torch
 def find_components(folder: Path) -> Path:
     """`folder` when it holds (or its model_index.json lists) a text encoder or VAE; else the embedded assets."""
     index = folder / "model_index.json"
-    listed = read_json(index) if index.exists() else {}
+    entries = read_json(index) if index.exists() else {}
+    listed = [name for name, value in entries.items() if isinstance(value, list) and value[0]]  # diffusers lists absent ones as null
     own = [name for name in ("vae", "text_encoder", "tokenizer") if name in listed or (folder / name).exists()]
     for name in own:
         if name in listed and not (folder / name).is_dir():
@@ -138,6 +143,8 @@ def load_settings(folder: Path) -> Settings:
     for key, value in read_json(path).items():
         if key.startswith("_"):  # diffusers' own notes
             continue
+        if key not in known and key in inspect.signature(ProximalScheduler.__init__).parameters:
+            continue  # of other models' networks, see ProximalScheduler
         if key not in known:
             close = difflib.get_close_matches(key, known, n=1)
             raise ValueError(f"{path}: unknown setting {key!r}" + (f"; did you mean {close[0]!r}?" if close else ""))
@@ -177,11 +184,54 @@ def save_model(folder: Path | str, uvit: UViT2DModel, settings: Settings, compon
             if path.is_dir() and path.name.startswith(("vae", "text_encoder", "tokenizer")):
                 shutil.copytree(path, tmp / path.name)
         (tmp / "model_index.json").write_text(json.dumps(_model_index(tmp), indent=2) + "\n")
+        write_card(tmp, uvit, settings)
+
+
+def write_card(folder: Path, uvit: UViT2DModel, settings: Settings) -> None:
+    """README.md, the model card, and pipeline.py, which leads diffusers to the pipeline's class."""
+    config, parameters = uvit.config, sum(p.numel() for p in uvit.parameters())
+    (folder / "pipeline.py").write_text(PIPELINE_FILE)
+    (folder / "README.md").write_text(CARD.format(
+        parameters=f"{parameters / 1e6:.1f}", channels=config.in_channels, size=config.sample_size, depth=2 * (config.depth // 2) + 1,
+        dim=config.embed_dim, **asdict(settings)))
+
+
+PIPELINE_FILE = """\
+\"\"\"DiffusionPipeline.from_pretrained(FOLDER, custom_pipeline=FOLDER, trust_remote_code=True) finds its class here; needs the package proxt2i.\"\"\"
+
+from proxt2i.pipeline_diffusers import ProxT2IPipeline
+
+__all__ = ["ProxT2IPipeline"]
+"""
+
+CARD = """\
+---
+library_name: diffusers
+pipeline_tag: text-to-image
+tags: [text-to-image, proximal-diffusion, proxt2i]
+---
+
+A text-to-image model with a learned proximal operator: U-ViT of {parameters} M parameters ({depth} blocks of width {dim}), latents
+{channels}x{size}x{size}, trained by the package proxt2i (objective `{objective}`).
+
+```python
+from proxt2i import ProxT2IPipeline
+
+pipe = ProxT2IPipeline.from_pretrained(FOLDER)
+image = pipe("a prompt", seeds=0).images[0]
+```
+
+or `python -m proxt2i.sample --model FOLDER "a prompt"`, or with diffusers alone in your code (the package must be installed):
+`DiffusionPipeline.from_pretrained(FOLDER, custom_pipeline=FOLDER, trust_remote_code=True)`.
+
+Defaults: plan `{plan}`, {num_steps} steps, guidance scale {guidance_scale:g} where the noise is that of a time up to {guidance_below:g}.
+"""
 
 
 def _model_index(folder: Path) -> dict:
     """diffusers' table of contents: component -> [library, class]."""
-    index = {"_class_name": "ProxT2IPipeline", "uvit": ["proxt2i.models", "UViT2DModel"]}
+    index = {"_class_name": "ProxT2IPipeline", "uvit": ["proxt2i.models.uvit", "UViT2DModel"],
+             "scheduler": ["proxt2i.diffusion.scheduler", "ProximalScheduler"]}
     for path in sorted(folder.glob("text_encoder*")):
         index[path.name] = ["transformers", ENCODERS[read_json(path / "config.json")["model_type"]].__name__]
     for path in sorted(folder.glob("tokenizer*")):

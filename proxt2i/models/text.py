@@ -80,6 +80,23 @@ class TextEncoder(nn.Module):
         """Per caption: does any encoder cut it?"""
         return _cut(self.tokenizers, self.lengths, captions)
 
+    def unheard(self, caption: str) -> str:
+        """The end of the caption that no encoder is shown because it is too long; "" when one hears all of it."""
+        ends = []
+        for tokenizer, length in zip(self.tokenizers, self.lengths):
+            ids = tokenizer(caption, verbose=False)["input_ids"]
+            if len(ids) <= length:
+                return ""
+            ends.append(tokenizer.decode(ids[length - 1:-1]))  # the last place is that of the end token
+        return min(ends, key=len)
+
+    def warn_unheard(self, prompts: list[str]) -> None:
+        """Log what of each prompt no encoder is shown."""
+        self._warned = True  # `forward` need not say it again
+        for prompt in dict.fromkeys(prompts):
+            if end := self.unheard(prompt):
+                log.warning("the prompt is longer than the model's %d tokens; it does not hear %r, the end of %r", max(self.lengths), end, prompt)
+
     @property
     def device(self) -> torch.device:
         return next(self.encoders.parameters()).device
