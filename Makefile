@@ -16,7 +16,7 @@ export PATH := $(BIN):$(PATH)
 help:
 	@echo "make demo        draw a data set, train a model on it, sample and evaluate (sets itself up first)"
 	@echo "make test        all tests (sets itself up first); ARGS='-k name' goes to pytest"
-	@echo "make soak        kill -9 a two-rank run 20 times and compare it with an unbroken one, change its ranks, fill its disk (minutes); KILLS=20"
+	@echo "make soak        kill -9 a two-rank run 20 times and compare it with an unbroken one, change its ranks, fill its disk; the same for a curation (minutes); KILLS=20"
 	@echo "make venv        only the set-up: $(VENV) with everything that constraints.txt names, and the native extension"
 	@echo "make emulate     run the CUDA kernels on the CPU, under sanitizers (make test does too; needs gcc); ARGS='-k name' goes to pytest"
 	@echo "make cuda-check  compile the CUDA kernels for sm_80 and sm_90a, and say what they use (needs nvcc, no GPU)"
@@ -58,7 +58,7 @@ test: $(STAMP)
 
 soak: $(STAMP)
 	@OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} PROXT2I_REQUIRE_NATIVE=1 KILLS=$(or $(KILLS),20) \
-	  "$(BIN)/python" -m pytest -q --timeout 3600 $(ARGS) tests/soak/soak.py
+	  "$(BIN)/python" -m pytest -q --timeout 3600 $(ARGS) tests/soak/soak.py tests/soak/curation.py
 
 demo: $(STAMP)
 	@"$(BIN)/python" -m proxt2i.embedded.demo $(ARGS)

@@ -4,8 +4,10 @@
 """
 
 import argparse
+import hashlib
 import io
 import json
+import os
 import struct
 import tarfile
 import zlib
@@ -47,12 +49,13 @@ def bomb(width=60_000, height=60_000):
 
 
 def write_faulty_shards(folder: Path, images: int, per_shard: int = 200, seed: int = 0, short: int = 256) -> dict:
-    """Returns {"kept": captions that must come through, "dropped": {cause: n}, "repaired": {cause: n}, "repeated_keys", "damaged", "samples"}."""
+    """Returns {"sha256": {caption that must come through: of its image file}, "dropped": {cause: n}, "repaired": {cause: n}, "repeated_keys",
+    "damaged": shards, "samples"}. short: least short edge (pixels)."""
     folder.mkdir(parents=True, exist_ok=True)
     rng = np.random.default_rng(seed)
-    shares = [share for share, _ in KINDS.values()]
-    kinds = rng.choice([*KINDS, "good"], images, p=[*shares, 1 - sum(shares)])
-    expected = {"kept": set(), "dropped": Counter(), "repaired": Counter(), "repeated_keys": 0, "damaged": [], "samples": images}
+    planted = [kind for kind, (share, _) in KINDS.items() for _ in range(max(3, round(share * images)))]
+    kinds = rng.permutation(planted + ["good"] * (images - len(planted)))
+    expected = {"dropped": Counter(), "repaired": Counter(), "repeated_keys": 0, "damaged": [], "samples": images, "sha256": {}}
     originals: list[tuple[int, int, int]] = []  # (seed, width, height) of good pictures that nobody has copied yet
     stolen: set[str] = set()
     keys: dict[str, list[int]] = {}  # of samples that get as far as the search for duplicates
@@ -64,14 +67,14 @@ def write_faulty_shards(folder: Path, images: int, per_shard: int = 200, seed: i
             for number in numbers:
                 last = cut and number == numbers[-1]
                 kind = "good" if last or (kinds[number] in ("duplicate", "near duplicate") and not originals) else str(kinds[number])
-                seed_of, width, height = int(rng.integers(1 << 60)), short + int(rng.integers(0, 120)), short + int(rng.integers(0, 120))
+                seed_of, width, height = int(rng.integers(1 << 60)), *(short + rng.integers(0, short // 2, 2)).tolist()
                 key, caption, extension = f"{shard:05d}{number - start:04d}", f"picture {number}", "jpg"
                 if kind in ("duplicate", "near duplicate"):
                     seed_of, width, height = originals.pop(int(rng.integers(len(originals))))
                 if kind == "too small":
-                    height = short - 1 - int(rng.integers(0, 60))
+                    height = short - 1 - int(rng.integers(0, short // 4))
                 if kind == "too long":
-                    width, height = short * 2 + int(rng.integers(0, 100)), short
+                    width, height = short * 2 + int(rng.integers(0, short // 2)), short
                 if kind == "key of another shard":
                     victim = f"{(shard + 1) % -(-images // per_shard):05d}{number - start:04d}"
                     if shard % 2 or victim in stolen or number - start >= len(range(start + per_shard, min(start + 2 * per_shard, images))):
@@ -125,7 +128,7 @@ def write_faulty_shards(folder: Path, images: int, per_shard: int = 200, seed: i
                 if cause:
                     expected["dropped"][cause] += 1
                 else:
-                    expected["kept"].add(caption)
+                    expected["sha256"][caption] = hashlib.sha256(data).hexdigest()
                     if kind == "good":
                         fresh.append((seed_of, width, height))
                 if kind in REPAIRED and not cause:
@@ -142,16 +145,38 @@ def write_faulty_shards(folder: Path, images: int, per_shard: int = 200, seed: i
     return expected
 
 
-def assert_as_expected(manifest: dict, captions: list[str], expected: dict) -> None:
-    """Every fault under its own cause, every good sample there, once."""
-    assert manifest["samples_in"] == expected["samples"]
+def read_result(out: Path) -> dict[str, dict]:
+    """{caption: JSON} of every sample of a result, by tarfile alone."""
+    found, samples = {}, 0
+    for path in sorted(out.glob("*/*.tar")):
+        with tarfile.open(path) as tar:
+            members = {member.name: tar.extractfile(member).read() for member in tar}
+        for name, data in members.items():
+            if name.endswith(".txt"):
+                found[data.decode()] = json.loads(members[name.replace(".txt", ".json")])
+                samples += 1
+    assert samples == len(found)
+    return found
+
+
+def assert_as_expected(out: Path, expected: dict) -> None:
+    """Every fault under its own cause; every good sample there, once, its own caption with its own picture."""
+    manifest, samples = json.loads((out / "manifest.json").read_text()), read_result(out)
+    assert manifest["samples_in"] == expected["samples"] and manifest["samples_out"] == len(samples)
     assert manifest["dropped"] == dict(expected["dropped"]), (manifest["dropped"], expected["dropped"])
     assert manifest["repaired"] == dict(expected["repaired"])
     assert manifest["repeated_keys"] == expected["repeated_keys"]
     assert [line.split()[0] for line in manifest["damaged_shards"]] == expected["damaged"] and manifest["lost_in_damaged_shards"] == 0
-    assert len(captions) == len(set(captions)) == manifest["samples_out"]
-    missing, extra = expected["kept"] - set(captions), set(captions) - expected["kept"]
+    missing, extra = expected["sha256"].keys() - samples.keys(), samples.keys() - expected["sha256"].keys()
     assert not missing and not extra, (sorted(missing)[:5], sorted(extra)[:5])
+    assert {caption: sample["sha256"] for caption, sample in samples.items()} == expected["sha256"]
+
+
+def die_of_seven(job: list[int]) -> list[int]:
+    """Work for worker processes, which a sample ends as a crashing decoder would."""
+    if 7 in job:
+        os._exit(9)
+    return [2 * one for one in job]
 
 
 if __name__ == "__main__":
@@ -161,4 +186,4 @@ if __name__ == "__main__":
     parser.add_argument("--per-shard", type=int, default=200)
     args = parser.parse_args()
     planted = write_faulty_shards(args.folder, args.images, args.per_shard)
-    print(json.dumps({**planted, "kept": len(planted["kept"])}, indent=1))
+    print(json.dumps({**planted, "sha256": f"{len(planted['sha256']):,} kept"}, indent=1))

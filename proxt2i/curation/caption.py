@@ -93,19 +93,22 @@ class Captioner:
     @torch.inference_mode()
     def generate(self, pictures: list[np.ndarray], attempt: int = 0) -> list[tuple[str, bool]]:
         """(text, whether it came to its end) for each picture."""
-        visual = self.processor(images=pictures, return_tensors="pt")
-        merged = (visual["image_grid_thw"].prod(-1) // self.processor.merge_size**2).tolist()
-        texts = [self.prompt(tokens) for tokens in merged]
-        inputs = self.tokenizer(texts, padding=True, return_tensors="pt", add_special_tokens=False)
+        inputs = self.inputs(pictures)
         if attempt:
             torch.manual_seed(attempt)
-        inputs = {**inputs, "pixel_values": visual["pixel_values"].to(self.model.dtype), "image_grid_thw": visual["image_grid_thw"]}
-        inputs["mm_token_type_ids"] = (inputs["input_ids"] == self.model.config.image_token_id).long()
-        inputs.pop("token_type_ids", None)
         sampling = dict(do_sample=True, temperature=0.7, top_p=0.9, repetition_penalty=1.05) if attempt else dict(do_sample=False, temperature=None, top_p=None, top_k=None)
         output = self.model.generate(**{k: v.to(self.model.device) for k, v in inputs.items()}, max_new_tokens=self.config.max_tokens, **sampling)
         new = output[:, inputs["input_ids"].shape[1]:].tolist()
         return [(self.tokenizer.decode(tokens, skip_special_tokens=True), bool(self.ends & set(tokens))) for tokens in new]
+
+    def inputs(self, pictures: list[np.ndarray]) -> dict[str, torch.Tensor]:
+        """What the model takes, on the CPU; prompts are padded on the left."""
+        visual = self.processor(images=pictures, return_tensors="pt")
+        merged = (visual["image_grid_thw"].prod(-1) // self.processor.merge_size**2).tolist()
+        text = self.tokenizer([self.prompt(tokens) for tokens in merged], padding=True, return_tensors="pt", add_special_tokens=False)
+        return {"input_ids": text["input_ids"], "attention_mask": text["attention_mask"],
+                "mm_token_type_ids": (text["input_ids"] == self.model.config.image_token_id).long(),
+                "pixel_values": visual["pixel_values"].to(self.model.dtype), "image_grid_thw": visual["image_grid_thw"]}
 
     def prompt(self, tokens: int) -> str:
         """Qwen2.5-VL's chat with one picture of `tokens` tokens."""

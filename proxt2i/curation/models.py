@@ -37,7 +37,8 @@ class ClipHands:
 
     def __init__(self, folder: Path, device: torch.device):
         self.clip = load_clip(folder, device, torch.float32)
-        tokens = load_clip_tokenizer(folder)(list(HANDS + NO_HANDS), padding=True, return_tensors="pt").to(device)
+        tokens = load_clip_tokenizer(folder)(list(HANDS + NO_HANDS), padding=True, truncation=True, return_tensors="pt",
+                                               max_length=self.clip.config.text_config.max_position_embeddings).to(device)
         with torch.inference_mode():
             features = self.clip.text_projection(self.clip.text_model(**tokens).pooler_output)
             self.text = torch.nn.functional.normalize(features, dim=-1)

@@ -75,7 +75,7 @@ class Unit:
 
 def find_units(data: Path, files_per_part: int) -> list[Unit]:
     """The tar shards in a folder, or else its images (in subfolders too) in parts; sorted by name. ValueError when there is nothing."""
-    if re.match(r"\s*(pipe:|[A-Za-z][A-Za-z0-9+.-]*://)", str(data)):
+    if re.match(r"\s*(pipe:|[A-Za-z][A-Za-z0-9+.-]+:/)", str(data)):  # Path has made s3:/ of s3://
         raise ValueError(f"{data}: shards are local files; download or mount them first")
     if not data.exists():
         raise ValueError(f"{data} does not exist; give a folder of img2dataset shards (`img2dataset --output_format webdataset ...`) or of images")

@@ -9,7 +9,7 @@ import signal
 import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 
 from proxt2i.signals import STOP_SIGNALS
@@ -33,7 +33,7 @@ class Workers:
     def ordered(self, jobs: Iterable[tuple], work: Callable, split: Callable | None = None, crashed: Callable | None = None) -> Iterator[tuple]:
         """(tag, work(job)) for (tag, job) of `jobs`, in their order. `work` returns a list and is a module's function.
 
-        When a worker dies (a decoder crashed), jobs are done again; the one that does it again is split into single samples, and `crashed`
+        When a worker dies (a decoder crashed), jobs are done again; the one that did it is split into single samples, and `crashed`
         gives the result of a sample that ends its process. RuntimeError if there is no `split`.
         """
         if not self.num:
@@ -46,18 +46,30 @@ class Workers:
                 waiting.append([*item, self._submit(work, item[1])])
             if not waiting:
                 return
-            tag, job, future = waiting[0]
             try:
-                result = future.result()
+                result = waiting[0][2].result()
             except BrokenProcessPool:
                 if split is None:
                     raise RuntimeError("a worker process was killed (out of memory?); start again, and it goes on from the last finished shard") from None
                 self._restart()
-                result = [one for single in split(job) for one in self._alone(work, single, crashed)]
-                for item in list(waiting)[1:]:
-                    item[2] = self._submit(work, item[1])
-            waiting.popleft()
+                self._recover(waiting, work, split, crashed)
+                continue
+            tag, _, _ = waiting.popleft()
             yield tag, result
+
+    def _recover(self, waiting, work, split, crashed) -> None:
+        """Do the waiting jobs again, one at a time, until the one is found that ends its process; then go on as usual."""
+        for number, item in enumerate(waiting):
+            item[2] = self._submit(work, item[1])
+            try:
+                item[2].result()
+            except BrokenProcessPool:
+                self._restart()
+                item[2] = Future()
+                item[2].set_result([one for single in split(item[1]) for one in self._alone(work, single, crashed)])
+                for later in list(waiting)[number + 1:]:
+                    later[2] = self._submit(work, later[1])
+                return
 
     def _alone(self, work, job, crashed):
         for _ in range(2):  # a process may also be killed for what another one did
