@@ -23,7 +23,7 @@ ON_FAILURE = ("original", "drop")
 class ReadConfig:
     max_bytes: int = 50_000_000  # of an image file; larger ones are not read
     max_pixels: int = 40_000_000  # of an image by its header; larger ones are not decoded
-    check_pairs: bool = True  # drop samples whose JSON names another key, caption or size than the sample has
+    check_pairs: bool = True  # drop samples of a shard whose JSON names another key, caption or size than the sample has
     files_per_part: int = 1_000  # a folder of images is treated in parts of this many, as if they were shards
 
 

@@ -5,11 +5,13 @@ Pillow and numpy only: workers stay small and start fast. Nothing is decompresse
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import io
 import json
 import os
 import warnings
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -21,6 +23,7 @@ FORMATS = ("JPEG", "PNG", "WEBP")
 REPAIRS = ("EXIF rotation", "CMYK", "wrong extension")  # bit i of Inspection.repairs; the first two need the picture to be encoded again
 REENCODE = 0b011
 MAX_TEXT_BYTES = 1 << 20
+LARGE = 4_000_000  # pixels
 SMALL = 32  # side of the copy that perceptual hash and colours come from (pixels)
 THUMB = 8
 Image.MAX_IMAGE_PIXELS = None  # Rules.max_pixels is the cap, and is looked at before decoding
@@ -273,6 +276,18 @@ def load(image: Image.Image, least: int = 0) -> None:
         raise Unusable("image is cut short" if cut else "image cannot be decoded") from error
 
 
+@contextmanager
+def one_large_picture_at_a_time(image: Image.Image):
+    """On this machine: decoding a WebP takes 24 bytes a pixel. A JPEG is decoded at a fraction of its size. The lock goes with its process."""
+    if image.format == "JPEG" or image.width * image.height <= LARGE:
+        yield
+        return
+    with open(__file__) as file:
+        with suppress(OSError):  # a file system without locks
+            fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
 def _broken(data: bytes, kind: str) -> str:
     if kind == "WEBP" and int.from_bytes(data[4:8], "little") + 8 > len(data):
         return "image is cut short"
@@ -308,12 +323,19 @@ def upright(image: Image.Image, turn: int) -> Image.Image:
 
 def describe(image: Image.Image, found: Inspection, crop: int) -> None:
     """Decode and fill in the rest of `found`."""
-    load(image, 2 * crop if crop else 4 * SMALL)
-    turn = orientation(image)
+    least = 2 * crop or 4 * SMALL
+    with one_large_picture_at_a_time(image):
+        load(image, least)
+        turn, cmyk = orientation(image), image.mode == "CMYK"
+        factor = min(image.size) // least
+        if factor > 1 and image.mode in ("RGB", "RGBA", "L", "LA", "CMYK"):  # the rest is done on a small copy
+            small = image.reduce(factor)
+            image.im = None  # the caller still holds `image`; its pixels are not needed any more
+            image = small
     if turn in range(2, 9):
         found.repairs |= 1 << REPAIRS.index("EXIF rotation")
         found.size = found.size[::-1] if turn >= 5 else found.size
-    if image.mode == "CMYK":
+    if cmyk:
         found.repairs |= 1 << REPAIRS.index("CMYK")
     try:
         rgb = to_rgb(image)
@@ -342,24 +364,23 @@ def perceptual_hash(small: np.ndarray) -> int:
 # -- the picture itself, for captions and for writing -----------------------------------------------------------------
 
 
-def full_picture(data: bytes, max_pixels: int) -> Image.Image:
-    """Decoded at full size, upright, RGB."""
-    with open_picture(data, max_pixels) as image:
-        load(image)
+def full_picture(data: bytes, max_pixels: int, least: int = 0) -> Image.Image:
+    """Decoded, upright, RGB. least: see load."""
+    with open_picture(data, max_pixels) as image, one_large_picture_at_a_time(image):
+        load(image, least)
         return upright(to_rgb(image), orientation(image))
 
 
 def repaired(data: bytes, repairs: int, max_pixels: int) -> tuple[str, bytes]:
-    """(extension, bytes) of an image file to write: its own bytes, unless it has to be turned or is CMYK (then JPEG at quality 95, or lossless)."""
+    """(extension, bytes) of an image file to write: its own bytes, unless it has to be turned or is CMYK (then JPEG at quality 95, or PNG)."""
     kind = sniff(data)
     if repairs & REENCODE:
         image, buffer = full_picture(data, max_pixels), io.BytesIO()
         if kind == "JPEG":
             image.save(buffer, "JPEG", quality=95, subsampling=0)
-        elif kind == "PNG":
-            image.save(buffer, "PNG")
         else:
-            image.save(buffer, "WEBP", lossless=True)
+            image.save(buffer, "PNG")
+            kind = "PNG"
         data = buffer.getvalue()
     return {"JPEG": "jpg", "PNG": "png", "WEBP": "webp"}[kind], data
 
@@ -370,7 +391,7 @@ class Shown:
 
     files: tuple[str, ...]
     spans: tuple
-    max_side: int  # longer pictures are reduced to this (pixels)
+    shown_pixels: int  # what the captioner looks at; larger pictures are reduced to half as much again
     max_pixels: int
 
 
@@ -379,7 +400,9 @@ def show_chunk(chunk: Shown) -> list[np.ndarray]:
     arrays = []
     with Files(chunk.files) as files:
         for span in chunk.spans:
-            image = full_picture(files.read(span), chunk.max_pixels)
-            image.thumbnail((chunk.max_side, chunk.max_side), Image.Resampling.BICUBIC)
+            image = full_picture(files.read(span), chunk.max_pixels, round((1.5 * chunk.shown_pixels) ** 0.5))
+            scale = (1.5 * chunk.shown_pixels / (image.width * image.height)) ** 0.5
+            if scale < 1:
+                image = image.resize((max(1, round(image.width * scale)), max(1, round(image.height * scale))), Image.Resampling.BICUBIC)
             arrays.append(np.asarray(image))
     return arrays

@@ -11,11 +11,11 @@ from __future__ import annotations
 
 import hashlib
 import json
-import logging
+import os
 import sys
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 
@@ -27,8 +27,6 @@ from proxt2i.curation.config import Curation, read_placeholders
 from proxt2i.curation.pictures import REPAIRS, Chunk, Inspection, Rules, Shown
 from proxt2i.curation.sources import IMAGE, Listing, Raw, Unit, find_units
 from proxt2i.curation.workers import Workers
-
-log = logging.getLogger(__name__)
 
 STAGES = ("scan", "dedup", "caption", "write", "merge")
 SHARED = ("scan", "caption", "write")  # by the tasks of an array
@@ -91,7 +89,7 @@ class Run:
 
     def bar(self, units: list[Unit], what: str) -> tqdm:
         """Progress in bytes, whose total is known beforehand; images/s beside."""
-        return tqdm(total=sum(unit.size() for unit in units), desc=what, unit="B", unit_scale=True, disable=True if self.quiet or not units else None,
+        return tqdm(total=sum(unit.size for unit in units), desc=what, unit="B", unit_scale=True, disable=True if self.quiet or not units else None,
                     bar_format="{desc}: {percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}{postfix}]", mininterval=0.5)
 
 
@@ -132,8 +130,6 @@ def _load_models(run: Run, stages) -> None:
 
 
 def num_workers(config: Curation) -> int:
-    import os
-
     return config.run.workers or len(os.sched_getaffinity(0))
 
 
@@ -156,9 +152,10 @@ def scan(run: Run) -> dict:
         for unit, stamp in todo:
             listing = listings[unit.name] = unit.list()
             files = tuple(map(str, unit.files))
+            rules_here = replace(rules, check_pairs=rules.check_pairs and unit.keys is None)  # files of one name in a folder belong together
             starts = range(0, max(1, len(listing.samples)), CHUNK)
             for start in starts:
-                yield (unit, stamp, start == starts[-1]), Chunk(files, tuple(listing.samples[start : start + CHUNK]), rules)
+                yield (unit, stamp, start == starts[-1]), Chunk(files, tuple(listing.samples[start : start + CHUNK]), rules_here)
 
     started, seen = time.monotonic(), 0
     with Workers(num_workers(run.config)) as workers, run.bar([unit for unit, _ in todo], "scanning") as bar:
@@ -168,7 +165,7 @@ def scan(run: Run) -> dict:
             found += inspections
             seen += len(inspections)
             listing = listings[unit.name]
-            bar.update(unit.size() * len(inspections) // max(1, len(listing.samples)))
+            bar.update(unit.size * len(inspections) // max(1, len(listing.samples)))
             bar.set_postfix_str(f"{seen / (time.monotonic() - started):,.0f} images/s", refresh=False)
             if last:
                 judge.finish()
@@ -333,7 +330,7 @@ def caption(run: Run) -> dict:
     todo = [(number, inputs) for number in run.mine(list(range(len(run.units))))
             if state.read_marker(run.marker_path("caption", run.units[number].name), inputs := caption_inputs(markers, codes, number)) is None]
     captioner = run.load("captioner") if run.config.caption.model is not None and todo else None
-    size, side = run.config.caption.batch_size, 4 * int(run.config.caption.max_pixels**0.5)
+    size, most = run.config.caption.batch_size, run.config.caption.max_pixels
     alive: dict[int, np.ndarray] = {}
 
     def jobs():
@@ -342,15 +339,15 @@ def caption(run: Run) -> dict:
             starts = range(0, max(1, len(records)), size) if captioner else range(1)
             for start in starts:
                 spans = [tuple(record["spans"][IMAGE].tolist()) for record in records[start : start + size]] if captioner else []
-                yield (number, inputs, start == starts[-1]), Shown(tuple(map(str, run.units[number].files)), tuple(spans), side, run.config.read.max_pixels)
+                yield (number, inputs, start == starts[-1]), Shown(tuple(map(str, run.units[number].files)), tuple(spans), most, run.config.read.max_pixels)
 
     started, seen, answers = time.monotonic(), 0, []
     with Workers(num_workers(run.config) if captioner else 0) as workers, run.bar([run.units[number] for number, _ in todo], "captioning") as bar:
-        for (number, inputs, last), shown in workers.ordered(jobs(), pictures.show_chunk):
+        for (number, inputs, last), shown in workers.ordered(jobs(), pictures.show_chunk, ahead=1):
             if shown:
                 answers += captioner(shown)
                 seen += len(shown)
-                bar.update(run.units[number].size() * len(shown) // len(alive[number]))
+                bar.update(run.units[number].size * len(shown) // len(alive[number]))
                 bar.set_postfix_str(f"{seen / (time.monotonic() - started):,.1f} images/s", refresh=False)
             if last:
                 _write_captions(run, number, inputs, alive.pop(number), answers)

@@ -11,6 +11,7 @@ import os
 import re
 import tarfile
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 EXTENSIONS = ("jpg", "jpeg", "png", "webp")
@@ -50,7 +51,9 @@ class Unit:
         stats = [path.stat() for path in self.files]
         return [[path.name, stat.st_size, stat.st_mtime_ns] for path, stat in zip(self.files, stats)]
 
+    @cached_property
     def size(self) -> int:
+        """Bytes."""
         return sum(path.stat().st_size for path in self.files)
 
     def list(self) -> Listing:

@@ -30,7 +30,8 @@ class Workers:
         if self._pool is not None:
             self._pool.shutdown(wait=True, cancel_futures=True)
 
-    def ordered(self, jobs: Iterable[tuple], work: Callable, split: Callable | None = None, crashed: Callable | None = None) -> Iterator[tuple]:
+    def ordered(self, jobs: Iterable[tuple], work: Callable, split: Callable | None = None, crashed: Callable | None = None,
+                ahead: int = AHEAD) -> Iterator[tuple]:
         """(tag, work(job)) for (tag, job) of `jobs`, in their order. `work` returns a list and is a module's function.
 
         When a worker dies (a decoder crashed), jobs are done again; the one that did it is split into single samples, and `crashed`
@@ -42,7 +43,7 @@ class Workers:
             return
         jobs, waiting = iter(jobs), deque()
         while True:
-            while len(waiting) < AHEAD * self.num and (item := next(jobs, None)) is not None:
+            while len(waiting) <= ahead * self.num and (item := next(jobs, None)) is not None:
                 waiting.append([*item, self._submit(work, item[1])])
             if not waiting:
                 return
