@@ -43,7 +43,7 @@ class FilterConfig:
 class DedupConfig:
     exact: bool = True  # keep one of several images with the same bytes
     near: bool = True  # keep one of several images that look the same
-    distance: int = 3  # bits of the 64 of two perceptual hashes that may differ for two images to look the same (0 to 7)
+    distance: int = 4  # bits of the 64 of two perceptual hashes that may differ for two images to look the same (0 to 7; as a rule an even number differs)
     color: float = 6.0  # and mean difference of their 8x8 colour thumbnails at most (levels of 255)
 
 

@@ -29,7 +29,7 @@ class Duplicates:
     placeholders: list[tuple[str, int]] = field(default_factory=list)  # (SHA-256, how often)
 
 
-def find_duplicates(samples: Iterable[tuple[int, np.ndarray]], database: Path, *, exact: bool = True, near: bool = True, distance: int = 3,
+def find_duplicates(samples: Iterable[tuple[int, np.ndarray]], database: Path, *, exact: bool = True, near: bool = True, distance: int = 4,
                     color: float = 6.0, placeholder_repeats: int = 50, num_pairs: int = 16) -> Duplicates:
     """samples: (number of the unit, structured array with sha256, phash, key_hash, width, height, thumb) in order. `database` is made anew."""
     for stale in database.parent.glob(database.name + "*"):

@@ -323,7 +323,7 @@ def upright(image: Image.Image, turn: int) -> Image.Image:
 
 def describe(image: Image.Image, found: Inspection, crop: int) -> None:
     """Decode and fill in the rest of `found`."""
-    least = 2 * crop or 4 * SMALL
+    least = max(2 * crop, 6 * SMALL)
     with one_large_picture_at_a_time(image):
         load(image, least)
         turn, cmyk = orientation(image), image.mode == "CMYK"
@@ -339,7 +339,7 @@ def describe(image: Image.Image, found: Inspection, crop: int) -> None:
         found.repairs |= 1 << REPAIRS.index("CMYK")
     try:
         rgb = to_rgb(image)
-        small = np.asarray(upright(rgb.resize((SMALL, SMALL), Image.Resampling.BOX), turn))
+        small = np.asarray(upright(rgb.resize((SMALL, SMALL), Image.Resampling.BILINEAR), turn))
         if crop:
             found.crop = np.asarray(upright(ImageOps.fit(rgb, (crop, crop), Image.Resampling.BICUBIC), turn))
     except Exception as error:  # conversions of odd modes
