@@ -38,7 +38,7 @@ from few_step_report import write_report
 from few_step_samplers import SAMPLERS, draw, query_times
 
 from proxt2i.data.index import write_atomically
-from proxt2i.data.latents import weights_digest
+from proxt2i.models.files import weights_digest
 from proxt2i.diffusion import VPSchedule, guidance_scales, guided
 from proxt2i.embedded import SHIPPED_MODEL
 from proxt2i.embedded.judge import diversity, frechet_distance

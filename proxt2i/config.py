@@ -28,17 +28,20 @@ OPTIMIZERS = ("muon", "adamw")
 
 @dataclass
 class DataConfig:
-    shards: str = "portraits"  # folder of img2dataset tar shards, or "portraits": draw the embedded data set on first use
+    shards: str = "portraits"  # folder of img2dataset tar shards, or of latents made of them; "portraits": draw the embedded data set on first use
     portraits_dir: str = "data/portraits"  # folder the drawn portraits are kept in, one subfolder per recipe
     num_images: int = 12_000  # portraits to draw (images); other data sets are taken whole
     portraits_seed: int = 0  # seed of the drawings
     shard_size: int = 1_000  # portraits per tar file (images)
-    image_size: int = 64  # side of the square training images (pixels); larger images are resized and cropped
-    cache_latents: bool = True  # encode images and captions once and keep the results in memory (data sets that fit)
+    image_size: int = 64  # side of the square training images (pixels), and with buckets the root of their area; images are resized and cropped
+    buckets: List[str] = field(default_factory=list)  # sizes to train at, "HEIGHTxWIDTH" each (pixels): an image is cut to that of the nearest shape
+    max_aspect: float = 1.0  # without data.buckets: make them, of about image_size^2 pixels and up to this many times as long as wide; 1: squares only
+    cache_latents: bool = True  # encode images and captions once and keep the results in memory (data sets that fit); folders of latents are read from disk
     cache_dir: str = "data/latents"  # folder those latents and the captions' embeddings are kept in between runs
-    flip: bool = False  # mirror images at random; needs cache_latents=false
+    flip: bool = False  # mirror images at random; folders of latents need `--flip`, cache_latents encodes the mirrored images as well
     workers: int = 2  # loader processes per rank (0: load in the training process); unused with cache_latents
-    max_bad: Optional[int] = None  # bad samples to skip before giving up (null: 1 % of the data set)
+    timeout_s: float = 600.0  # end the run when a loader process brings no batch for this long, and name the shard that hangs (seconds); 0: wait for ever
+    max_bad: Optional[int] = None  # bad samples to skip before giving up (null: 1 % of the data set); all are listed in RUN/bad_samples.jsonl
 
 
 @dataclass
@@ -121,6 +124,7 @@ class SampleConfig:
     ])  # one row of the grid each
     per_prompt: int = 4  # images per prompt (columns of the grid)
     seed: int = 0  # image i of the grid uses noise seed `seed + i`
+    size: Optional[str] = None  # HEIGHTxWIDTH of the grid's pictures (pixels), a size that is trained at; null: the square of data.image_size
     steps: int = 8  # sampling steps
     guidance: float = 1.5  # guidance scale; 1: none
     guidance_below: float = 0.35  # guide only steps with the noise of a time up to this one (1: all, 0: the last)
@@ -177,9 +181,8 @@ def validate(config: Config, world_size: int = 1) -> None:
     _validate_ranges(config)
     _validate_batch(config.train, world_size)
     _validate_paths(config)
+    _validate_sizes(config)
     _validate_plans(config)
-    if config.data.flip and config.data.cache_latents:
-        raise ValueError("data.flip mirrors images, but data.cache_latents keeps only their latents: set one of them to false")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -256,7 +259,7 @@ def _validate_ranges(config: Config) -> None:
     positive = ("data.num_images", "data.shard_size", "data.image_size", "optim.lr", "optim.muon_lr", "optim.eps", "optim.ema_half_life",
                 "diffusion.zeta", "diffusion.beta_max", "train.images", "train.batch_size", "train.max_bad_steps",
                 "train.log_every", "train.checkpoint_every", "train.keep_checkpoints", "sample.per_prompt", "sample.steps")
-    not_negative = ("data.workers", "optim.weight_decay", "optim.spike", "optim.warmup_images", "optim.grad_clip",
+    not_negative = ("data.workers", "data.timeout_s", "optim.weight_decay", "optim.spike", "optim.warmup_images", "optim.grad_clip",
                     "optim.ema_ramp", "diffusion.beta_min", "diffusion.snr_power", "diffusion.weight_power", "diffusion.l1_images", "train.threads", "sample.every")
     fractions = ("diffusion.caption_dropout", "optim.final_lr", "sample.guidance_below")
     choices = {"optim.name": OPTIMIZERS, "diffusion.objective": OBJECTIVES, "diffusion.target": TARGETS,
@@ -297,6 +300,22 @@ def _validate_batch(train: TrainConfig, world_size: int) -> None:
         raise ValueError(f"train.micro_batch ({train.micro_batch}) must divide train.batch_size / ranks ({per_rank})")
 
 
+def _validate_sizes(config: Config) -> None:
+    from proxt2i.data.buckets import parse_size
+
+    data = config.data
+    for field_name, sizes in (("data.buckets", data.buckets), ("sample.size", [config.sample.size] if config.sample.size else [])):
+        for size in sizes:
+            try:
+                parse_size(size)
+            except ValueError as error:
+                raise ValueError(f"{field_name}: {error}") from None
+    if not 1 <= data.max_aspect <= 16:
+        raise ValueError(f"data.max_aspect must lie between 1 (squares only) and 16, got {data.max_aspect}")
+    if data.buckets and data.max_aspect != 1:
+        raise ValueError("data.buckets names the sizes and data.max_aspect makes them: set one of the two")
+
+
 def _validate_plans(config: Config) -> None:
     from proxt2i.diffusion.plan import make_plan  # imports torch: only once the cheap checks have passed
     from proxt2i.diffusion.schedule import VPSchedule
@@ -323,7 +342,7 @@ def _validate_plans(config: Config) -> None:
 def _validate_paths(config: Config) -> None:
     shards, components, init_from = config.data.shards, config.model.components, config.model.init_from
     if shards != "portraits" and not Path(shards).exists():
-        raise ValueError(f'data.shards: {shards} does not exist; give a folder of tar shards, or "portraits"')
+        raise ValueError(f'data.shards: {shards} does not exist; give a folder of tar shards or of latents, or "portraits"')
     if components is not None and not Path(components).is_dir():
         raise ValueError(f"model.components: folder {components} does not exist")
     if init_from is not None and not Path(init_from).is_dir():

@@ -8,20 +8,25 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
 import torch
 from safetensors import safe_open
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from proxt2i.config import Config
+from proxt2i.data.buckets import assign, describe
+from proxt2i.data.latent_shards import LatentDataset, is_latent_folder
+from proxt2i.data.latents import check_latents
 from proxt2i.data.shards import index_shards
 from proxt2i.models.bundle import EMBEDDED
-from proxt2i.models.files import require_folder
+from proxt2i.models.files import component_digests, require_folder
 from proxt2i.models.flops import forward_flops, tokens_per_image, training_flops
 from proxt2i.models.text import text_sizes
 from proxt2i.models.uvit import UViT2DModel
 from proxt2i.models.vae import codec_sizes
 from proxt2i.training.engine import _parameter_groups, fill_deepspeed_json
+from proxt2i.training.feed import check_buckets, wanted_buckets
 from proxt2i.training.loop import uvit_of
 
 H100_TFLOPS = 989.0  # dense bf16, where train.peak_tflops names no other
@@ -39,7 +44,11 @@ def dry_run(config: Config, deepspeed_json: dict, world_size: int, say=print) ->
     filled = fill_deepspeed_json(deepspeed_json, train, config.optim, world_size, num_params, on_gpu=True)
     zero, micro_batch = filled["zero_optimization"], filled["train_micro_batch_size_per_gpu"]
     bf16 = train.precision != "fp32"
-    data = _data(config)
+    data, buckets, bucket = _data(config, components, factor)
+    shares = np.bincount(bucket, minlength=len(buckets)) / max(len(bucket), 1)
+    sizes = [(height // factor, width // factor) for height, width in buckets]
+    largest = max((size for size, share in zip(sizes, shares) if share), key=lambda size: size[0] * size[1])
+    image_flops = sum(share * training_flops(uvit.config, *size) for share, size in zip(shares, sizes))
 
     say(f"dry run: {world_size:,} rank(s), ZeRO-{zero['stage']}, {'bf16 autocast' if bf16 else 'fp32'}, {train.batch_size:,} images a step "
         f"= {world_size:,} x {filled['gradient_accumulation_steps']} x {micro_batch}")
@@ -49,15 +58,16 @@ def dry_run(config: Config, deepspeed_json: dict, world_size: int, say=print) ->
     folder = Path(train.run_dir)
     has_checkpoints = any((folder / "checkpoints").glob("step-*"))
     say(f"run folder: {folder}" + (" (holds checkpoints: --resume continues them)" if has_checkpoints else ""))
-    say(f"\nU-ViT: {num_params / 1e6:,.2f} M parameters; an image at {config.data.image_size} x {config.data.image_size} is "
-        f"{tokens_per_image(uvit.config):,} tokens, {_flops(forward_flops(uvit.config))} forward, {_flops(training_flops(uvit.config))} "
-        "a training step (VAE and text encoders not counted)")
-    _say_memory(say, memory(uvit, config, zero, world_size, micro_batch, bf16), frozen_bytes(components, bf16))
+    say(f"\nU-ViT: {num_params / 1e6:,.2f} M parameters; an image at {largest[0] * factor} x {largest[1] * factor} is "
+        f"{tokens_per_image(uvit.config, *largest):,} tokens, {_flops(forward_flops(uvit.config, *largest))} forward, "
+        f"{_flops(training_flops(uvit.config, *largest))} a training step (VAE and text encoders not counted)"
+        + (f"; the mean of all sizes is {_flops(image_flops)} a step" if len(buckets) > 1 else ""))
+    _say_memory(say, memory(uvit, config, zero, world_size, micro_batch, bf16, largest), frozen_bytes(components, bf16))
     muon, adamw = optimizer_sizes(uvit, config.optim)
     say(f"a checkpoint: {FP32 * (2 * num_params + muon + 2 * adamw) / 2**30:,.2f} GiB on disk; "
         f"{train.keep_checkpoints} are kept")
     peak = train.peak_tflops or H100_TFLOPS
-    flops = training_flops(uvit.config) * train.images
+    flops = image_flops * train.images
     hours = ", ".join(f"{_duration(flops / (mfu * peak * 1e12 * world_size))} at {mfu:.0%}" for mfu in (0.3, 0.4, 0.5))
     say(f"{train.images:,} images are {_flops(flops)}: {hours} MFU of {world_size:,} x {peak:,.0f} TFLOP/s "
         f"({'train.peak_tflops' if train.peak_tflops else 'H100 in bf16; train.peak_tflops changes it'})")
@@ -83,14 +93,15 @@ def state_memory(muon: int, adamw: int, stage: int, world_size: int) -> dict[str
     }
 
 
-def memory(uvit: UViT2DModel, config: Config, zero: dict, world_size: int, micro_batch: int, bf16: bool) -> dict[str, int]:
-    """Bytes of one rank at the fullest moment of a step, by purpose. The buckets are DeepSpeed's communication buffers."""
+def memory(uvit: UViT2DModel, config: Config, zero: dict, world_size: int, micro_batch: int, bf16: bool,
+           size: tuple[int, int] | None = None) -> dict[str, int]:
+    """Bytes of one rank at the fullest moment of a step, by purpose. size: of the latents (default: the native square). The buckets are DeepSpeed's communication buffers."""
     muon, adamw = optimizer_sizes(uvit, config.optim)
     parts = state_memory(muon, adamw, zero["stage"], world_size)
     parts["communication buckets"] = FP32 * int(zero.get("reduce_bucket_size", 5e8)) * (2 if zero.get("overlap_comm") else 1)
     if zero["stage"] == 3:
         parts["weights gathered for use, at most"] = FP32 * min(muon + adamw, int(zero.get("stage3_max_live_parameters", 1e9)))
-    activations = activation_bytes(uvit, micro_batch, bf16)
+    activations = activation_bytes(uvit, micro_batch, bf16, size)
     # When the activations are gone, Muon holds its share of the matrices about six times: sent, received, whole, stacked, and products.
     exchanged = 6 * FP32 * -(-muon // world_size)
     if exchanged > activations:
@@ -101,19 +112,20 @@ def memory(uvit: UViT2DModel, config: Config, zero: dict, world_size: int, micro
     return parts
 
 
-def activation_bytes(uvit: UViT2DModel, batch: int, bf16: bool) -> int:
+def activation_bytes(uvit: UViT2DModel, batch: int, bf16: bool, size: tuple[int, int] | None = None) -> int:
     """What a forward pass of `batch` images keeps for the backward pass, bf16 copies of the weights included. An estimate:
     counted on shapes, with torch's attention and without torch.compile. uvit: on any device, the meta device too."""
     config = uvit.config
+    height, width = size or (config.sample_size, config.sample_size)
     with FakeTensorMode():
         weights = {name: torch.empty(p.shape, requires_grad=True) for name, p in uvit.named_parameters()}
         time = torch.zeros(batch)
-        y = torch.zeros(batch, config.in_channels, config.sample_size, config.sample_size)
+        y = torch.zeros(batch, config.in_channels, height, width)
         text = [torch.zeros(batch, length, dim) for length, dim in zip(config.text_lengths, config.text_dims)]
         if not uvit.gradient_checkpointing:
             return _saved_bytes(uvit, weights, (y, time, time, text), bf16)
         # Kept: every block's input, and either one block's own while it is computed again or the weights in bf16.
-        x = torch.zeros(batch, tokens_per_image(config), config.embed_dim, requires_grad=True)
+        x = torch.zeros(batch, tokens_per_image(config, height, width), config.embed_dim, requires_grad=True)
         block = uvit.mid_block
         own = {name: weights[f"mid_block.{name}"] for name, _ in block.named_parameters()}
         inputs = (2 * (config.depth // 2) + 1) * x.untyped_storage().nbytes()
@@ -154,11 +166,24 @@ def _say_memory(say, parts: dict[str, int], frozen: int) -> None:
         say(f"  {name:<{width}}  {size / 2**30:>9.3f}")
 
 
-def _data(config: Config) -> str:
-    data = config.data
-    if data.shards == "portraits":
-        return f"{data.num_images:,} portraits of {data.image_size} x {data.image_size} pixels, drawn into {data.portraits_dir} on first use"
-    return f"{data.shards}: {index_shards(data.shards).summary()}"
+def _data(config: Config, components: Path, factor: int) -> tuple[str, list[tuple[int, int]], np.ndarray]:
+    """What there is, the (height, width) in pixels of every bucket, and the bucket of every image."""
+    data, wanted = config.data, wanted_buckets(config, factor)
+    square = [(data.image_size, data.image_size)]
+    if data.shards != "portraits" and is_latent_folder(data.shards):
+        dataset = LatentDataset(data.shards)
+        check_latents(dataset, data.image_size, wanted, data.flip, component_digests(components, [encoder["name"] for encoder in dataset.about["text"]]))
+        text, buckets, bucket = f"{data.shards}: {dataset.summary()}", dataset.buckets, dataset.bucket
+    elif data.shards == "portraits":
+        text = f"{data.num_images:,} portraits of {data.image_size} x {data.image_size} pixels, drawn into {data.portraits_dir} on first use"
+        buckets = wanted or square
+        bucket = assign(np.full((data.num_images, 2), data.image_size), buckets)
+    else:
+        index = index_shards(data.shards)
+        text, buckets = f"{data.shards}: {index.summary()}", wanted or square
+        bucket = assign(index.sizes, buckets)
+    check_buckets(config, factor, buckets)
+    return text + (f"; {describe(buckets, bucket)}" if len(buckets) > 1 else ""), buckets, bucket
 
 
 def _flops(count: float) -> str:

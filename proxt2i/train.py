@@ -29,6 +29,8 @@ examples
     deepspeed proxt2i/train.py --deepspeed configs/zero2.json optim.lr=1e-3 train.run_dir=runs/slow
   continue after a crash or Ctrl-C, from the newest intact checkpoint in train.run_dir:
     deepspeed proxt2i/train.py --deepspeed configs/zero2.json --resume
+  real data: tar shards of captioned images, or the latents made of them once (python -m proxt2i.data.latents --help, docs/data.md)
+    deepspeed proxt2i/train.py --deepspeed configs/zero2.json --config configs/uvit_h_256.yaml data.shards=/data/faces-256 model.components=/models/sd35-clip-t5
   check a run beforehand, without a GPU: sizes, memory of each of 16 ranks, hours, data and model components:
     python proxt2i/train.py --dry-run --world-size 16 --config configs/uvit_h_256.yaml data.shards=/data/faces
   look at a run, also while it trains: one HTML page with its figures, curves and pictures:
@@ -38,6 +40,7 @@ what it writes, in train.run_dir
   config.yaml       the resolved config            checkpoints/   the newest few, named by images seen
   stats.jsonl       one row per log interval       samples/       grids with fixed prompts and seeds
   tensorboard/      the same, as curves            model/         the finished model, for python -m proxt2i.sample
+  bad_samples.jsonl samples that were skipped, each with the reason (only if there are any)
 
 stopping and failing
   Ctrl-C, SIGTERM or SIGUSR2 (to one rank is enough) saves after the step and ends all ranks; then --resume. The deepspeed

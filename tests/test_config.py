@@ -85,7 +85,9 @@ def test_every_field_is_explained():
     ("model.init_from=/no/such/folder", ["model.init_from", "/no/such/folder", "proxt2i.export"]),
     ("data.shards=/no/such/folder", ["data.shards", "/no/such/folder", "does not exist"]),
     ("model.components=/no/such/folder", ["model.components", "/no/such/folder"]),
-    ("data.flip=true", ["data.flip", "data.cache_latents"]),
+    ("data.buckets=[64x64,48]", ["data.buckets", "'48'", "HEIGHTxWIDTH"]),
+    ("data.max_aspect=0.5", ["data.max_aspect", "0.5"]),
+    ("sample.size=big", ["sample.size", "'big'"]),
     ("optim.warmup_images=500000", ["optim.warmup_images", "train.images"]),
 ])
 def test_bad_override_is_named(override, parts):

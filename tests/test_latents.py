@@ -1,9 +1,10 @@
-"""The latents' cache equals direct encoding, survives damage, and draws the same samples as the image loader."""
+"""Latent shards: what is read is what the VAE made, whoever made it and however often it was killed; damage and mix-ups are found."""
 
-import io
-import logging
+import json
+import multiprocessing
 import os
-import tarfile
+import shutil
+import signal
 import threading
 import time
 
@@ -11,184 +12,316 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from runs import COLORS, BareRanks, assert_same_checkpoint, overrides, resumed_at, wait_for
 from torch import nn
 
-from proxt2i.data.index import index_shards, write_samples
-from proxt2i.data.latents import encode_dataset, weights_digest
-from proxt2i.data.shards import BatchLoader, ShardDataset
+from proxt2i.config import load_config
+from proxt2i.data import latents as latents_module
+from proxt2i.data.index import index_shards
+from proxt2i.data.latent_shards import LatentDataset, is_latent_folder
+from proxt2i.data.latents import check_latents, describe_latents, encode_shards, main
+from proxt2i.data.loader import BatchLoader
+from proxt2i.data.order import flips
+from proxt2i.data.shards import ShardDataset
+from proxt2i.data.writing import write_samples
+from proxt2i.models.bundle import load_components
+from proxt2i.models.files import component_digests, weights_digest
+from proxt2i.training.feed import Feed
 
-SIZE = 16
-
-
-class Codec(nn.Module):
-    """Stands in for a LatentCodec: four latent channels at a quarter of the size; counts the images it encodes."""
-
-    def __init__(self, seed: int = 0, scale: float = 0.5):
-        super().__init__()
-        torch.manual_seed(seed)
-        self.conv, self.scale, self._encoded = nn.Conv2d(3, 4, 4, stride=4), scale, 0
-
-    def encode(self, images: torch.Tensor) -> torch.Tensor:
-        assert images.dtype == torch.float32 and images.min() >= -1 and images.max() <= 1
-        self._encoded += len(images)
-        return self.conv(images) * self.scale
+BUCKETS = [(16, 32), (32, 32), (32, 16)]
 
 
-class Text:
-    """Stands in for a TextEncoder with two towers."""
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory):
+    """Shards of 50 pictures in three shapes, one of them not decodable."""
+    folder, rng = tmp_path_factory.mktemp("pictures"), np.random.default_rng(0)
+    shapes = [(32, 32), (20, 40), (40, 22)]
+    samples = [{"key": f"{i:03d}", "caption": f"a {list(COLORS)[i % 4]} square",
+                "image": rng.integers(0, 256, (*shapes[i % 7 % 3], 3), dtype=np.uint8)} for i in range(50)]
+    write_samples(folder, samples, shard_size=20)
+    shard = bytearray((folder / "00001.tar").read_bytes())
+    start = shard.index(b"IDAT", len(shard) // 2)
+    shard[start + 4:start + 40] = bytes(36)
+    (folder / "00001.tar").write_bytes(shard)
+    return folder
 
-    def __call__(self, captions: list[str]) -> list[torch.Tensor]:
-        numbers = torch.tensor([float(len(c)) for c in captions])
-        return [numbers[:, None, None].expand(-1, 3, 2), torch.tensor([hash_of(c) for c in captions])[:, None, None]]
+
+@pytest.fixture(scope="module")
+def parts(components):
+    return load_components(components)
 
 
-def hash_of(caption: str) -> float:
-    return sum(caption.encode()) / 8
+def encode_in(folder, pictures, components, parts, dtype="fp32", **options):
+    """Fill a folder with latents, mirrored ones and embeddings of the pictures."""
+    text, codec = parts
+    dataset = ShardDataset(index_shards(pictures), 32, buckets=BUCKETS)
+    about = describe_latents(dataset, 32, codec, component_digests(components, ["text_encoder"]), text=text, names=["text_encoder"], dtype=dtype, mirrored=True, batch_size=7)
+    encode_shards(dataset, folder, about, codec, text, **options)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def finished(pictures, components, parts, tmp_path_factory):
+    return encode_in(tmp_path_factory.mktemp("finished") / "latents", pictures, components, parts)
 
 
 @pytest.fixture
-def dataset(tmp_path) -> ShardDataset:
-    rng = np.random.default_rng(0)
-    write_samples(tmp_path / "shards", [
-        {"key": f"{i:03d}", "image": rng.integers(0, 256, (SIZE, SIZE, 3), dtype=np.uint8), "caption": f"picture {i}"}
-        for i in range(50)], shard_size=20)
-    return ShardDataset(index_shards(tmp_path / "shards"), SIZE)
+def folder(finished, tmp_path):
+    """A copy of a finished folder of latents in fp32, to be damaged."""
+    return shutil.copytree(finished, tmp_path / "latents")
 
 
-def direct(dataset: ShardDataset, codec: Codec) -> torch.Tensor:
-    images = torch.stack([dataset[i]["image"] for i in range(len(dataset))])
-    with torch.no_grad():
-        return codec.encode(images.float() / 127.5 - 1)
+@pytest.fixture
+def encode(pictures, components, parts, tmp_path):
+    """encode(name, ...) -> a folder of the test's, finished."""
+    return lambda name="latents", **options: encode_in(tmp_path / name, pictures, components, parts, **options)
 
 
-@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
-def test_cache_equals_direct_encoding(dataset, tmp_path, dtype):
-    codec = Codec()
-    cache = encode_dataset(dataset, codec, tmp_path, batch_size=7, chunk_size=16, dtype=dtype)
-    assert cache.latents.dtype == dtype and codec._encoded == 50
-    torch.testing.assert_close(cache.latents.float(), direct(dataset, codec), rtol=0, atol=1e-3 if dtype.itemsize == 2 else 1e-6)
-    assert cache.captions == [f"picture {i}" for i in range(50)] and cache.keys[49] == "049"
-    again = encode_dataset(dataset, codec, tmp_path, batch_size=7, chunk_size=16, dtype=dtype)
-    assert codec._encoded == 100 and torch.equal(again.latents, cache.latents)      # 50 of them by direct()
+def contents(folder) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
 
 
-def test_batches_are_those_of_the_image_loader(dataset, tmp_path):
-    codec = Codec()
-    cache = encode_dataset(dataset, codec, tmp_path, dtype=torch.float32)
-    images = BatchLoader(dataset, 8, seed=2, images_seen=24, rank=1, world=2, num_workers=0)
-    latents = cache.batches(8, seed=2, images_seen=24, rank=1, world=2)
-    for _ in range(8):
-        expected, got = next(images), next(latents)
-        with torch.no_grad():
-            torch.testing.assert_close(got["latents"], codec.encode(expected["images"]), rtol=0, atol=1e-6)
-        assert got["captions"] == expected["captions"] and got["keys"] == expected["keys"]
-        assert torch.equal(got["ids"], expected["ids"]) and got["ids"].dtype == torch.int64
-        assert latents.images_seen == images.images_seen and "text" not in got
+# ------------------------------------------------------------------------------------------------------------
+# What is in it.
+
+@pytest.mark.parametrize("dtype, tolerance, in_memory", [("fp32", 1e-5, False), ("fp16", 2e-3, True), ("bf16", 2e-2, False)])
+def test_latents_are_the_vaes_of_the_image_and_of_its_mirror_image(encode, pictures, parts, dtype, tolerance, in_memory):
+    text, codec = parts
+    images, latents = ShardDataset(index_shards(pictures), 32, buckets=BUCKETS), LatentDataset(encode(dtype=dtype), in_memory)
+    by_key = {sample["key"]: (sample, images.bucket[i]) for i, sample in enumerate(images[i] for i in range(50)) if isinstance(sample, dict)}
+    assert len(latents) == len(by_key) == 49 and latents.buckets == BUCKETS and set(latents.bucket) == {0, 1, 2}
+    for i in range(0, 49, 3):
+        sample = latents[i]
+        expected, bucket = by_key.pop(sample["key"])
+        assert latents.bucket[i] == bucket and sample["caption"] == expected["caption"]
+        pixels = expected["image"][None].float() / 127.5 - 1
+        torch.testing.assert_close(sample["latents"].float(), codec.encode(pixels)[0], rtol=tolerance, atol=tolerance)
+        mirrored = latents.read_batch(np.array([i]), np.array([True]))["latents"][0].float()
+        torch.testing.assert_close(mirrored, codec.encode(pixels.flip(-1))[0], rtol=tolerance, atol=tolerance)
+        assert (mirrored - sample["latents"].float().flip(-1)).abs().max() > 0.05    # mirroring the latents is something else
+        torch.testing.assert_close(sample["text"][0].float(), text([sample["caption"]])[0][0], rtol=tolerance, atol=tolerance)
+    bad = [json.loads(line) for line in (latents.folder / "bad_samples.jsonl").read_text().splitlines()]
+    assert len(bad) == 1 and bad[0]["shard"] == "00001.tar" and "cannot be decoded" in bad[0]["reason"]
 
 
-def test_text_is_cached_on_request(dataset, tmp_path):
-    cache = encode_dataset(dataset, Codec(), tmp_path, text=Text(), chunk_size=16)
-    batch = next(cache.batches(5))
-    for got, expected in zip(batch["text"], Text()(batch["captions"]), strict=True):
-        assert got.dtype == torch.float32 and torch.equal(got, expected)
+@pytest.mark.parametrize("in_memory", [False, True])
+def test_batches_have_one_shape_and_flips_take_the_mirrored_latents(finished, in_memory):
+    dataset = LatentDataset(finished, in_memory)
+    place = dict(seed=2, images_seen=12, rank=1, world=2)
+    with BatchLoader(dataset, 3, num_workers=1, flip=True, **place) as flipped, BatchLoader(dataset, 3, num_workers=0, **place) as plain:
+        for _ in range(10):
+            got, straight = next(flipped), next(plain)
+            assert got["keys"] == straight["keys"] and got["latents"].dtype == torch.float32 and len(set(got["keys"])) > 1
+            turned = flips(2, got["ids"].numpy())
+            different = (got["latents"] != straight["latents"]).flatten(1).any(1).numpy()
+            assert (different == turned).all() and torch.equal(got["text"][0], straight["text"][0])
 
 
-def test_bad_samples_are_left_out_as_by_the_image_loader(dataset, tmp_path, caplog):
-    shard = dataset.index.shards[0]
-    with tarfile.open(shard, "a") as tar:
-        for name, data in [("bad.png", b"\x89PNG\r\n\x1a\n but no more"), ("bad.txt", b"no picture")]:
-            member = tarfile.TarInfo(name)
-            member.size = len(data)
-            tar.addfile(member, io.BytesIO(data))
-    dataset = ShardDataset(index_shards(shard.parent), SIZE)
-    with caplog.at_level(logging.WARNING):
-        cache = encode_dataset(dataset, Codec(), tmp_path, chunk_size=16)
-    assert len(dataset) == 51 and cache.usable.sum() == 50 and "00000.tar/bad: image cannot be decoded" in caplog.text
-    images, latents = BatchLoader(dataset, 17, num_workers=0), cache.batches(17)
-    keys = [key for _ in range(3) for key in next(latents)["keys"]]
-    assert keys == [key for _ in range(3) for key in next(images)["keys"]] and "bad" not in keys
-    with pytest.raises(RuntimeError, match="budget of 0"):
-        encode_dataset(dataset, Codec(), tmp_path, chunk_size=16, max_bad=0)
+def test_an_interrupted_command_and_several_ranks_leave_the_same_bytes(finished, encode, folder, tmp_path, monkeypatch):
+    """kill -9 after every file operation, then go on; and two ranks at a time."""
+    whole = contents(finished)
+    assert [name for name in whole if name.endswith(".safetensors")] == ["00000.safetensors", "00001.safetensors", "00002.safetensors"]
+    replace, parent = os.replace, os.getpid()
+    for step in range(20):
+        if (pid := os.fork()) == 0:
+            left = [step % 3 + (step > 0)]
 
+            def dying_replace(*names):
+                if left[0] == 0:
+                    os.kill(os.getpid(), signal.SIGKILL)
+                left[0] -= 1
+                replace(*names)
 
-@pytest.mark.parametrize("damage", ["cut", "flipped byte", "empty", "garbage", "other chunk", "lost"])
-def test_damaged_chunk_is_encoded_again(dataset, tmp_path, damage, caplog):
-    codec = Codec()
-    cache = encode_dataset(dataset, codec, tmp_path, chunk_size=16)
-    paths = sorted(tmp_path.glob("latents-*/*.safetensors"))
-    data = bytearray(paths[1].read_bytes())
-    (paths[0].parent / ".00000.safetensors.tmp-1").write_bytes(b"left by a killed run")
-    if damage == "flipped byte":
-        data[-100] ^= 1
-    paths[1].write_bytes({"cut": data[:-50], "empty": b"", "garbage": os.urandom(4096), "flipped byte": data,
-                          "other chunk": paths[3].read_bytes(), "lost": b""}[damage])
-    if damage == "lost":
-        paths[1].unlink()
-    with caplog.at_level(logging.WARNING):
-        again = encode_dataset(dataset, codec, tmp_path, chunk_size=16)
-    assert len(paths) == 4 and codec._encoded == 50 + 16 and torch.equal(again.latents, cache.latents)
-    assert again.captions == cache.captions and (damage == "lost" or "00001.safetensors is damaged" in caplog.text)
+            os.replace = dying_replace
+            encode("killed")
+            os._exit(0)
+        if os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0:
+            break
+    assert os.getpid() == parent and step > 3
+    assert {name: data for name, data in contents(tmp_path / "killed").items() if not name.startswith(".")} == whole
 
-
-def test_ranks_share_the_work(dataset, tmp_path):
-    codecs = [Codec(), Codec()]
-    caches = {}
-
-    def run(rank):
-        caches[rank] = encode_dataset(dataset, codecs[rank], tmp_path, rank=rank, world=2, chunk_size=16)
-    threads = [threading.Thread(target=run, args=(rank,)) for rank in range(2)]
+    threads = [threading.Thread(target=encode, args=("two",), kwargs=dict(rank=rank, world=2)) for rank in range(2)]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join(60)
-    assert [codec._encoded for codec in codecs] == [32, 18]
-    assert torch.equal(caches[0].latents, caches[1].latents) and caches[0].captions == caches[1].captions
-    alone = Codec()                                           # another number of ranks reads the same chunks
-    assert torch.equal(encode_dataset(dataset, alone, tmp_path, chunk_size=16).latents, caches[0].latents)
-    assert alone._encoded == 0
+    assert contents(tmp_path / "two") == whole
+    monkeypatch.setattr(latents_module, "write_latent_shard", lambda *_: pytest.fail("a finished folder is left alone"))
+    assert contents(encode()) == whole
 
 
-def test_a_missing_rank_is_named(dataset, tmp_path):
-    with pytest.raises(RuntimeError, match="waited.*00001.safetensors, which rank 1 encodes"):
-        encode_dataset(dataset, Codec(), tmp_path, rank=0, world=2, chunk_size=16, timeout_s=0.2)
+# ------------------------------------------------------------------------------------------------------------
+# Damage, and mix-ups.
+
+def flip_bit(path, where):
+    stat, data = path.stat(), bytearray(path.read_bytes())
+    data[where] ^= 1
+    path.write_bytes(data)
+    os.utime(path, ns=(stat.st_mtime_ns, stat.st_mtime_ns))
 
 
-def test_any_change_of_data_or_weights_encodes_anew(dataset, tmp_path):
-    def encoded(dataset, codec, **options):
-        encode_dataset(dataset, codec, tmp_path, **options)
-        return codec._encoded
-    assert encoded(dataset, Codec()) == 50 and encoded(dataset, Codec()) == 0
-    assert encoded(dataset, Codec(seed=1)) == 50
-    assert encoded(dataset, Codec(scale=0.25)) == 50
-    assert encoded(dataset, Codec(), dtype=torch.float32) == 50
-    assert encoded(ShardDataset(dataset.index, 2 * SIZE), Codec()) == 50
-    os.utime(dataset.index.shards[0], ns=(5, 5))
-    assert encoded(ShardDataset(index_shards(dataset.index.shards[0].parent), SIZE), Codec()) == 50
-    with pytest.raises(ValueError, match="float16 or float32"):
-        encode_dataset(dataset, Codec(), tmp_path, dtype=torch.bfloat16)
-    with pytest.raises(ValueError, match="not finite"):
-        encode_dataset(dataset, Codec(scale=1e6), tmp_path)
+def test_a_flipped_bit_anywhere_is_found_when_it_is_read(folder):
+    path, rng = folder / "00000.safetensors", np.random.default_rng(0)
+    whole = path.read_bytes()
+    for where in rng.integers(0, len(whole), 60).tolist():
+        flip_bit(path, where)
+        dataset, found = LatentDataset(folder), 0
+        try:
+            for mirrored in (False, True):
+                for i in range(20):
+                    found += len(dataset.read_batch(np.array([i]), np.array([mirrored]))["bad"])
+        except RuntimeError as error:
+            assert str(path) in str(error) and "--verify" in str(error)
+            found += 1
+        assert found, f"bit of byte {where} of {len(whole)}"
+        with pytest.raises(RuntimeError, match="SHA-256 differs"):
+            LatentDataset(folder, in_memory=True)
+        path.write_bytes(whole)
+
+
+def test_a_damaged_sample_is_replaced_named_and_listed(folder, tmp_path):
+    flip_bit(folder / "00002.safetensors", -1)                # of the last row of the last tensor
+    listed = tmp_path / "bad_samples.jsonl"
+    with BatchLoader(LatentDataset(folder), 7, num_workers=1, bad_list=listed, flip=True) as loader:
+        for _ in range(60):
+            assert "" not in next(loader)["keys"]
+    (line,) = map(json.loads, listed.read_text().splitlines())
+    assert line["shard"] == "00002.safetensors" and "CRC-32" in line["reason"]
+
+
+@pytest.mark.parametrize("damage", ["cut", "flipped bit", "lost", "lost note", "note of others"])
+def test_verify_makes_damaged_shards_again(folder, encode, damage, caplog):
+    whole, shard, note = contents(folder), folder / "00001.safetensors", folder / "00001.json"
+    {"cut": lambda: os.truncate(shard, 100), "flipped bit": lambda: flip_bit(shard, 900), "lost": shard.unlink, "lost note": note.unlink,
+     "note of others": lambda: note.write_bytes(note.read_bytes().replace(b'"fingerprint": "', b'"fingerprint": "0'))}[damage]()
+    encode(verify=True)
+    assert contents(folder) == whole and (damage.startswith("lost") or "00001.safetensors is damaged" in caplog.text)
+
+
+def test_a_missing_rank_is_named_and_an_unfinished_folder_is_no_data(encode, tmp_path):
+    with pytest.raises(RuntimeError, match="waited.*00001.safetensors, which rank 1 makes"):
+        encode(rank=0, world=2, wait_s=0.2)
+    assert is_latent_folder(tmp_path / "latents")
+    with pytest.raises(ValueError, match="not finished.*same arguments again"):
+        LatentDataset(tmp_path / "latents")
+
+
+def test_other_latents_in_the_folder_and_values_beyond_the_dtype_are_refused(folder, encode, parts):
+    with pytest.raises(ValueError, match="holds latents made otherwise .dtype: fp32 there, fp16 here.: choose another folder"):
+        encode(dtype="fp16")
+    parts[1].scale, scale = 1e7, parts[1].scale
+    try:
+        with pytest.raises(ValueError, match="00000.tar, sample .* not finite in fp16: use bf16 or fp32"):
+            encode("large", dtype="fp16")
+    finally:
+        parts[1].scale = scale
+
+
+def test_latents_of_other_components_or_sizes_are_refused(finished, components):
+    dataset, digests = LatentDataset(finished), component_digests(components, ["text_encoder"])
+    check_latents(dataset, 32, None, True, digests)
+    for arguments, message in [
+            ((64, None, False, digests), "for data.image_size=32, the run asks for 64"),
+            ((32, [(32, 32)], False, digests), "in the buckets 16x32, 32x32, 32x16, not those of data.buckets"),
+            ((32, None, False, {**digests, "vae": "0" * 64}), "another VAE .SHA-256 .* than model.components has .000000000000"),
+            ((32, None, False, {**digests, "text_encoder": "1" * 64}), "another text_encoder"),
+            ((32, None, False, {"vae": digests["vae"]}), "another text_encoder .* .none")]:
+        with pytest.raises(ValueError, match=message):
+            check_latents(dataset, *arguments)
+    dataset.about["mirrored"] = False
+    with pytest.raises(ValueError, match="encode with --flip"):
+        check_latents(dataset, 32, None, True, digests)
+
+
+def test_digests_follow_the_files_and_not_the_precision(components, tmp_path):
+    before = component_digests(components, ["text_encoder"])
+    assert set(before) == {"vae", "text_encoder"} and component_digests(tmp_path, ["text_encoder"]) == {"vae": "pixels"}
+    copy = shutil.copytree(components, tmp_path / "copy")
+    assert component_digests(copy, ["text_encoder"]) == before
+    (copy / "tokenizer" / "tokenizer.json").write_text("{}")
+    after = component_digests(copy, ["text_encoder"])
+    assert after["vae"] == before["vae"] and after["text_encoder"] != before["text_encoder"]
 
 
 def test_weights_digest_looks_into_attributes():
     class Holder:
         def __init__(self, seed=0, shift=0.0):
-            self.vae, self.shift, self.device = Codec(seed), shift, "cpu"
+            torch.manual_seed(seed)
+            self.vae, self.shift, self.device = nn.Linear(2, 2), shift, "cpu"
     digests = {weights_digest(h) for h in (Holder(), Holder(1), Holder(shift=0.5))}
     assert len(digests) == 3 and weights_digest(Holder()) in digests
 
 
-def test_a_cached_batch_costs_next_to_nothing(tmp_path):
-    image = Image.new("RGB", (8, 8))
-    write_samples(tmp_path, [{"key": str(i), "image": image, "caption": "x"} for i in range(512)])
+# ------------------------------------------------------------------------------------------------------------
+# The command, and training from what it makes.
 
-    class Portraits:
-        def encode(self, images):
-            return torch.zeros(len(images), 16, 8, 8)
-    loader = encode_dataset(ShardDataset(index_shards(tmp_path), 8), Portraits(), tmp_path / "cache").batches(64)
-    times = []
-    for _ in range(200):
-        start = time.perf_counter()
-        next(loader)
-        times.append(time.perf_counter() - start)
-    assert np.median(times) < 1e-3
+def test_the_command(pictures, components, tmp_path, capsys):
+    out = tmp_path / "out"
+    command = [str(pictures), str(out), "--components", str(components), "--image-size", "32", "--multiple", "16", "--max-aspect", "2"]
+    assert main([*command, "--text", "all", "--text-tokens", "text_encoder=2", "--workers", "0", "--dtype", "bf16"]) == 0
+    output = capsys.readouterr().out
+    assert "50 samples in 3 shards" in output and "3 sizes: 16x64" not in output and "49 latents (bf16) in 3 shards, with embeddings of text_encoder" in output
+    assert LatentDataset(out)[0]["text"][0].shape == (2, 16)
+    for extra, message in [(["--text", "t5"], "--text t5:"), (["--text", "all", "--text-tokens", "text_encoder=9"], "--text-tokens text_encoder=9"),
+                           (["--max-bad", "0"], "made otherwise"), (["--buckets", "30x32"], "multiples of 16")]:
+        assert main([*command, *extra]) == 2 and message in capsys.readouterr().err
+
+
+def test_batches_from_latents_are_those_from_images(components, shards, settings, ranks, tmp_path):
+    """Flips included; one of two text encoders is stored, cut at three tokens, and the other one runs."""
+    from transformers import CLIPTextConfig, CLIPTextModel
+
+    both = shutil.copytree(components, tmp_path / "both")
+    shutil.copytree(both / "tokenizer", both / "tokenizer_2")
+    torch.manual_seed(1)
+    CLIPTextModel(CLIPTextConfig(vocab_size=20, hidden_size=8, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2,
+                                 max_position_embeddings=4, pad_token_id=0, bos_token_id=2, eos_token_id=3)).save_pretrained(both / "text_encoder_2")
+    assert main([str(shards), str(tmp_path / "out"), "--components", str(both), "--image-size", "32", "--flip", "--dtype", "fp32",
+                 "--text", "text_encoder_2", "--text-tokens", "text_encoder_2=3"]) == 0
+    common = dict(model__components=both, data__flip="true", data__workers=0)
+    feeds = []
+    for change in (dict(data__shards=tmp_path / "out"), dict(data__cache_latents="false"), dict(data__cache_dir=tmp_path / "cache")):
+        feeds.append(Feed(load_config(None, overrides(settings, **common, **change)), ranks, 16))
+        feeds[-1].open(32, print)
+    for _ in range(10):
+        stored, direct, cached = (feed.next() for feed in feeds)
+        for other, tolerance in ((direct, 1e-4), (cached, 1e-2)):             # the cache is fp16
+            assert torch.equal(other.positions, stored.positions)
+            torch.testing.assert_close(stored.latents, other.latents, rtol=tolerance, atol=tolerance)
+            for one, two in zip(stored.text, other.text, strict=True):
+                torch.testing.assert_close(one, two, rtol=tolerance, atol=tolerance)
+        assert [t.shape for t in stored.text] == [(16, 4, 16), (16, 4, 8)] and not torch.equal(stored.latents[0], stored.latents[1])
+
+
+def test_two_ranks_train_from_bucketed_latents_and_resume_bit_equal(encode, settings, tmp_path):
+    latents, broken, straight = encode("made", dtype="fp16"), tmp_path / "run", tmp_path / "straight"
+    common = dict(data__shards=latents, data__flip="true", data__workers=1, train__images=256, sample__every=0, sample__size="32x16")
+    unbroken = BareRanks(*overrides(settings, **common, train__run_dir=straight), log=tmp_path / "unbroken")
+    run = BareRanks(*overrides(settings, **common), log=tmp_path / "killed")
+    assert wait_for((broken / "checkpoints" / "latest").exists, run), run.output
+    run.signal(signal.SIGKILL)
+    run.wait()
+    assert not (broken / "model").exists(), "killed too late"
+    resumed = BareRanks("--resume", *overrides(settings, **common), log=tmp_path / "resumed")
+    assert resumed.wait() == [0, 0], resumed.output
+    assert unbroken.wait() == [0, 0], unbroken.output
+    assert resumed_at(resumed.output) >= 64
+    assert "49 latents (fp16, mirrored ones too) in 3 shards, with embeddings of text_encoder; 1 bad samples were left out" in unbroken.output
+    assert "3 sizes: 16x32 (" in unbroken.output
+    assert_same_checkpoint(straight / "checkpoints" / "step-000000256", broken / "checkpoints" / "step-000000256")
+    assert multiprocessing.active_children() == []
+
+
+def test_a_cached_batch_costs_next_to_nothing(tmp_path, parts, components):
+    image = Image.new("RGB", (32, 32))
+    write_samples(tmp_path / "shards", [{"key": str(i), "image": image, "caption": "a red square"} for i in range(128)])
+    dataset, (text, codec) = ShardDataset(index_shards(tmp_path / "shards"), 32), parts
+    about = describe_latents(dataset, 32, codec, component_digests(components, ["text_encoder"]), text=text, names=["text_encoder"])
+    encode_shards(dataset, tmp_path / "cache", about, codec, text)
+    with BatchLoader(LatentDataset(tmp_path / "cache", in_memory=True), 64) as loader:
+        times = []
+        for _ in range(100):
+            start = time.perf_counter()
+            next(loader)
+            times.append(time.perf_counter() - start)
+    assert np.median(times) < 4e-3                            # 40 us a sample, at most

@@ -1,22 +1,27 @@
 """Shards: what is read is what was written, never a wrong pair, in an order that needs no state."""
 
+import base64
 import io
 import json
 import logging
 import multiprocessing
 import os
 import pickle
+import signal
 import tarfile
+import time
 
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 
 from proxt2i.data import index as index_module
-from proxt2i.data.index import index_shards, write_samples
-from proxt2i.data.shards import (Bad, BatchLoader, EpochOrder, ShardDataset, decode_image, flips, positions,
-                                 sample_order)
+from proxt2i.data.index import index_shards
+from proxt2i.data.loader import BatchLoader
+from proxt2i.data.order import Stream, flips, positions
+from proxt2i.data.shards import Bad, ShardDataset, decode_image
+from proxt2i.data.writing import write_samples
 
 SIZE = 16
 
@@ -51,6 +56,11 @@ def write_tar(path, members: list[tuple[str, bytes]]) -> dict[str, int]:
 def good(number: int, key: str | None = None) -> list[tuple[str, bytes]]:
     key = key or f"{number:06d}"
     return [(f"{key}.png", encoded(picture(number))), (f"{key}.txt", f"picture {number}".encode())]
+
+
+def sample_order(num: int, seed: int, images_seen: int, batch_size: int, rank: int = 0, world: int = 1) -> np.ndarray:
+    """Of one bucket."""
+    return Stream(num, seed)(positions(images_seen, batch_size, rank, world))
 
 
 def assert_pairs(dataset: ShardDataset) -> list[int]:
@@ -240,6 +250,54 @@ def test_decompression_bomb_is_refused_before_decoding(tmp_path, monkeypatch):
     assert isinstance(bad, Bad) and "bytes" in bad.reason
 
 
+def test_a_byte_that_changes_after_indexing_is_found_though_the_picture_decodes(tmp_path):
+    """JPEG has no checksum of its own: a flipped bit gives another picture."""
+    offsets = write_tar(tmp_path / "0.tar", [("a.jpg", jpeg := encoded(picture(1, 64), "jpeg")), ("a.txt", b"x"), *good(0)])
+    index, stat = index_shards(tmp_path), os.stat(tmp_path / "0.tar")
+    with open(tmp_path / "0.tar", "r+b") as f:
+        f.seek(offsets["a.jpg"] + len(jpeg) // 2)
+        byte = f.read(1)[0]
+        f.seek(-1, 1)
+        f.write(bytes([byte ^ 4]))
+    os.utime(tmp_path / "0.tar", ns=(stat.st_mtime_ns, stat.st_mtime_ns))     # as a failing disk does it
+    bad, fine = ShardDataset(index, 64)[0], ShardDataset(index, SIZE)[1]
+    assert isinstance(bad, Bad) and "CRC-32 differs" in bad.reason and fine["caption"] == "picture 0"
+
+
+def test_bad_samples_are_listed_once_however_often_they_are_met(tmp_path):
+    write_tar(tmp_path / "00000.tar", [m for i in range(12) for m in good(i)] + bad_members())
+    dataset, listed = ShardDataset(index_shards(tmp_path), SIZE), tmp_path / "run" / "bad_samples.jsonl"
+    for _ in range(2):                                        # a run, and its continuation
+        with BatchLoader(dataset, 9, num_workers=0, bad_list=listed) as loader:
+            for _ in range(5):
+                next(loader)
+    lines = [json.loads(line) for line in listed.read_text().splitlines()]
+    assert len(lines) == len(loader.bad.found) == 6 and {line["shard"] for line in lines} == {"00000.tar"}
+    assert {line["key"]: line["reason"] for line in lines}["bad-blank"] == "empty caption"
+
+
+@pytest.mark.parametrize("how", ["a file that nobody answers for", "a stopped process"])
+def test_a_loader_that_hangs_is_ended_and_its_shard_named(tmp_path, how):
+    write_samples(tmp_path, samples(40), shard_size=10)
+    dataset = ShardDataset(index_shards(tmp_path), SIZE)
+    loader = BatchLoader(dataset, 4, num_workers=1, timeout_s=3.0)
+    if how == "a stopped process":
+        next(loader)
+        (worker,) = multiprocessing.active_children()
+        os.kill(worker.pid, signal.SIGSTOP)
+    else:
+        (tmp_path / "00002.tar").unlink()
+        os.mkfifo(tmp_path / "00002.tar")                     # opening it blocks, as on a file server that is gone
+    with pytest.raises(RuntimeError, match=r"no batch of data for 3 s \(data.timeout_s\): loader process \d+ hangs") as error:
+        for _ in range(30):
+            next(loader)
+    if how != "a stopped process":
+        assert f"{tmp_path / '00002.tar'}, sample 00002" in str(error.value)
+    started = time.monotonic()
+    loader.close()
+    assert time.monotonic() - started < 3 and multiprocessing.active_children() == []
+
+
 def test_a_shard_that_changes_under_the_reader_is_an_error(tmp_path):
     paths = write_samples(tmp_path, samples(4))
     index = index_shards(tmp_path)
@@ -257,19 +315,28 @@ def test_images_become_upright_rgb_on_white_centre_cropped():
     left_red[:, :8] = (255, 0, 0)
     exif = Image.Exif()
     exif[0x0112] = 6                                          # stored turned: rotate by 90 degrees clockwise to show
-    upright = decode_image(encoded(left_red, "png", exif=exif), 8)
-    assert upright.shape == (3, 8, 8) and (upright[0, 0] > 200).all() and (upright[0, -1] < 50).all()
+    upright = decode_image(encoded(left_red, "png", exif=exif), (8, 8))
+    assert upright.shape == (8, 8, 3) and (upright[0, :, 0] > 200).all() and (upright[-1, :, 0] < 50).all()
 
     buffer = io.BytesIO()
     Image.new("RGBA", (8, 8), (0, 0, 0, 0)).save(buffer, "png")
-    assert (decode_image(buffer.getvalue(), 8) == 255).all()
-    grey = decode_image(encoded(np.full((8, 8), 40 * 256, np.uint16)), 8)
+    assert (decode_image(buffer.getvalue(), (8, 8)) == 255).all()
+    grey = decode_image(encoded(np.full((8, 8), 40 * 256, np.uint16)), (8, 8))
     assert (grey == 40).all()
     wide = np.zeros((20, 60, 3), np.uint8)
     wide[:, 20:40] = 200
-    assert (decode_image(encoded(wide), 20) == 200).all()
-    assert decode_image(encoded(wide), 64).shape == (3, 64, 64)
-    assert decode_image(encoded(np.zeros((1, 9000, 3), np.uint8)), 32).shape == (3, 32, 32)
+    assert (decode_image(encoded(wide), (20, 20)) == 200).all()
+    assert decode_image(encoded(wide), (32, 64)).shape == (32, 64, 3)
+    assert decode_image(encoded(np.zeros((1, 9000, 3), np.uint8)), (32, 32)).shape == (32, 32, 3)
+
+
+def test_large_jpegs_are_halved_in_the_decoder_almost_unseen():
+    y, x = np.mgrid[0:640, 0:480]
+    smooth = np.stack([x * 255 // 480, y * 255 // 640, (x + y) * 255 // 1120], -1).astype(np.uint8)
+    jpeg = encoded(smooth, "jpeg", quality=95)
+    with Image.open(io.BytesIO(jpeg)) as image:
+        expected = np.asarray(ImageOps.fit(image, (64, 64), Image.Resampling.LANCZOS)).astype(int)
+    assert np.abs(decode_image(jpeg, (64, 64)) - expected).max() <= 3
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -288,7 +355,7 @@ def test_every_sample_once_an_epoch_on_any_number_of_ranks(world):
 
 
 def test_resume_at_any_point_onto_another_world_size():
-    reference = EpochOrder(23, seed=5)(np.arange(23 * 4))
+    reference = Stream(23, seed=5)(np.arange(23 * 4))
     rng = np.random.default_rng(0)
     seen, got = 0, []
     while seen + 12 <= len(reference):                        # each step on a fresh loader: only images_seen survives
@@ -364,8 +431,10 @@ def test_index_cache_is_reused_and_rebuilt(tmp_path, monkeypatch):
     lines = cache.read_text().splitlines()
     entry = json.loads(lines[0])
     for garbage in (b"\xff\x00garbage", b"", b"[]\n{}\n", lines[0][:40].encode() + b"\n" + lines[1].encode(),
-                    json.dumps({**entry, "spans": entry["spans"][1:]}).encode(),
-                    json.dumps({**entry, "spans": [10**9] * len(entry["spans"])}).encode()):
+                    json.dumps({**entry, "spans": entry["spans"][64:]}).encode(),
+                    json.dumps({**entry, "sizes": entry["sizes"][::-1] + "!"}).encode(),
+                    json.dumps({**entry, "spans": base64.b64encode(np.full(60, 10**9).tobytes()).decode()}).encode(),
+                    json.dumps({**entry, "version": 1}).encode() + b"\n" + lines[1].encode()):
         cache.write_bytes(garbage)
         assert index_shards(tmp_path).digest == digest
         assert cache.read_text().splitlines() == lines
@@ -377,16 +446,30 @@ def test_index_cache_is_reused_and_rebuilt(tmp_path, monkeypatch):
 def test_index_of_a_read_only_folder_is_cached_elsewhere(tmp_path, monkeypatch):
     folder, elsewhere = tmp_path / "shards", tmp_path / "cache"
     write_samples(folder, samples(3))
-    original = index_module.write_atomically
-
-    def write(path, data):                                    # chmod does not stop root
-        if path.parent == folder:
-            raise PermissionError(f"{path} is read-only")
-        original(path, data)
-    monkeypatch.setattr(index_module, "write_atomically", write)
+    (folder / "index.jsonl").mkdir()                          # cannot be written; chmod does not stop root
     assert len(index_shards(folder, cache_dir=elsewhere)) == 3
     monkeypatch.setattr(index_module, "_scan", lambda path: pytest.fail("scanned again"))
-    assert len(index_shards(folder, cache_dir=elsewhere)) == 3 and not (folder / "index.jsonl").exists()
+    assert len(index_shards(folder, cache_dir=elsewhere)) == 3
+
+
+def test_a_killed_indexing_keeps_the_shards_that_it_has_read(tmp_path, monkeypatch):
+    write_samples(tmp_path, samples(8), shard_size=2)
+    original, scanned = index_module._scan, []
+
+    def scan(path):
+        if path.name == "00002.tar" and os.getpid() != parent:
+            os._exit(9)                                       # as kill -9 would: no clean-up
+        scanned.append(path.name)
+        return original(path)
+
+    parent = os.getpid()
+    monkeypatch.setattr(index_module, "_scan", scan)
+    if (pid := os.fork()) == 0:
+        index_shards(tmp_path)
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 9
+    with open(tmp_path / "index.jsonl", "a") as f:
+        f.write('\n{"version": 2, "name": "00002')            # a line cut short
+    assert assert_pairs(ShardDataset(index_shards(tmp_path), SIZE)) == list(range(8)) and scanned == ["00002.tar", "00003.tar"]
 
 
 def test_scanning_in_processes_gives_the_same_index(tmp_path):

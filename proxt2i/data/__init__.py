@@ -1,8 +1,8 @@
-"""Data: shards of image-caption pairs, batches of them in a resumable order, and caches of their latents."""
+"""Data: shards of image-caption pairs or of their latents, and batches of them in a resumable order."""
 
-from proxt2i.data.index import ShardIndex, index_shards, write_samples
-from proxt2i.data.latents import LatentCache, encode_dataset
-from proxt2i.data.shards import Bad, BatchLoader, ShardDataset, sample_order
+from proxt2i.data.index import ShardIndex, index_shards
+from proxt2i.data.loader import BatchLoader
+from proxt2i.data.shards import Bad, ShardDataset
+from proxt2i.data.writing import write_samples
 
-__all__ = ["Bad", "BatchLoader", "LatentCache", "ShardDataset", "ShardIndex", "encode_dataset", "index_shards",
-           "sample_order", "write_samples"]
+__all__ = ["Bad", "BatchLoader", "ShardDataset", "ShardIndex", "index_shards", "write_samples"]

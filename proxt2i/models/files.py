@@ -1,14 +1,18 @@
 """Reading and writing model folders safely: readable-or-named-error checks, and saves that are never half done."""
 
+import hashlib
 import json
 import os
 import shutil
 import uuid
+from collections.abc import Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Iterator
 
+import torch
 from safetensors import SafetensorError, safe_open
+from torch import nn
 
 
 def read_json(path: Path) -> dict:
@@ -113,3 +117,49 @@ def require_folder(folder: Path | str) -> Path:
     previous = folder.parent / f".{folder.name}.previous"
     hint = f"; an interrupted save left {previous}, rename it to {folder.name}" if previous.is_dir() else ""
     raise ValueError(f"model folder {folder} does not exist{hint}")
+
+
+def component_digests(folder: Path, encoders: Sequence[str] = ()) -> dict[str, str]:
+    """SHA-256 of the frozen parts in a model folder: "vae" ("pixels" where there is none), and those of `encoders` ("text_encoder_2",
+    with its tokenizer) that exist. Of the files' bytes, so that it does not depend on the precision they are loaded in."""
+    digests = {"vae": _files_digest([folder / "vae"]) if (folder / "vae").is_dir() else "pixels"}
+    for name in encoders:
+        if (folder / name).is_dir():
+            digests[name] = _files_digest([folder / name, folder / name.replace("text_encoder", "tokenizer")])
+    return digests
+
+
+def _files_digest(folders: list[Path]) -> str:
+    h = hashlib.sha256()
+    for path in sorted(path for folder in folders for path in folder.iterdir() if path.is_file()):
+        if path.suffix in (".json", ".safetensors", ".txt", ".model"):
+            h.update(f"{path.parent.name}/{path.name} {path.stat().st_size}\n".encode())
+            with open(path, "rb") as file:
+                while block := file.read(1 << 22):
+                    h.update(block)
+    return h.hexdigest()
+
+
+def weights_digest(component) -> str:
+    """SHA-256 of a component: its type, its modules' weights, and the plain values among its attributes and config."""
+    h = hashlib.sha256(type(component).__name__.encode())
+    if isinstance(component, nn.Module):
+        for name, tensor in sorted(component.state_dict().items()):
+            h.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+            h.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+    _update(h, vars(component) if hasattr(component, "__dict__") else {})
+    config = getattr(component, "config", None)
+    if isinstance(config, Mapping):
+        _update(h, config)
+    return h.hexdigest()
+
+
+def _update(h, values: Mapping) -> None:
+    for name, value in sorted(values.items()):
+        if name.startswith("_") or name in ("training", "device"):
+            continue
+        for item in value if isinstance(value, (list, tuple)) else [value]:
+            if isinstance(item, nn.Module):
+                h.update(f"{name} {weights_digest(item)}".encode())
+            elif isinstance(item, (bool, int, float, str)):
+                h.update(f"{name} {item!r}".encode())

@@ -1,6 +1,7 @@
 """Frozen text encoders: captions in, one fixed-length token sequence per encoder out."""
 
 import logging
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -39,9 +40,12 @@ class TextEncoder(nn.Module):
         self._warned = False
 
     @classmethod
-    def from_pretrained(cls, folder: Path | str, device="cpu", dtype: torch.dtype = torch.float32) -> "TextEncoder":
-        """Read FOLDER/text_encoder + FOLDER/tokenizer, and text_encoder_2 + tokenizer_2 and so on where present."""
-        return cls.from_sources(_sources(folder), device=device, dtype=dtype)
+    def from_pretrained(cls, folder: Path | str, device="cpu", dtype: torch.dtype = torch.float32,
+                        only: Sequence[str] | None = None) -> "TextEncoder":
+        """Read FOLDER/text_encoder + FOLDER/tokenizer, and text_encoder_2 + tokenizer_2 and so on where present, or `only` the
+        text encoders of these names."""
+        sources = [(tokenizer, encoder) for tokenizer, encoder in _sources(folder) if only is None or encoder.name in only]
+        return cls.from_sources(sources, device=device, dtype=dtype)
 
     @classmethod
     def from_sources(cls, sources: list[tuple[Path | str, Path | str]], lengths: list[int] | None = None,
@@ -62,14 +66,15 @@ class TextEncoder(nn.Module):
         return super().train(False)
 
     @torch.no_grad()
-    def forward(self, captions: list[str]) -> list[Tensor]:
-        """captions (B strings; "" is the null caption) -> per encoder [B, L_i, D_i] float32 on the encoder's device."""
+    def forward(self, captions: list[str], encoders: Sequence[int] | None = None) -> list[Tensor]:
+        """captions (B strings; "" is the null caption) -> per encoder [B, L_i, D_i] float32 on the encoder's device.
+        encoders: numbers of those to ask (default: all)."""
         if isinstance(captions, str):
             raise ValueError("captions must be a list of strings, not one string")
         unique = list(dict.fromkeys(captions))  # repeated prompts (and nulls) are encoded once
         rows = {caption: row for row, caption in enumerate(unique)}
         index = torch.tensor([rows[caption] for caption in captions], device=self.device)
-        return [self._encode(i, unique)[index] for i in range(len(self.encoders))]
+        return [self._encode(i, unique)[index] for i in (range(len(self.encoders)) if encoders is None else encoders)]
 
     def truncated(self, captions: list[str]) -> list[bool]:
         """Per caption: does any encoder cut it?"""
@@ -115,6 +120,11 @@ def text_sizes(folder: Path | str) -> tuple[list[int], list[int]]:
         dims.append(config.hidden_size)
         lengths.append(_default_length(_load_tokenizer(tokenizer), config))
     return dims, lengths
+
+
+def encoder_names(folder: Path | str) -> list[str]:
+    """Of the text encoders in a model folder, in order: "text_encoder", "text_encoder_2", ..."""
+    return [encoder.name for _, encoder in _sources(folder)]
 
 
 def _sources(folder: Path | str) -> list[tuple[Path, Path]]:

@@ -12,13 +12,13 @@ import torch
 
 from proxt2i.config import Config, to_yaml
 from proxt2i.models.bundle import Bundle, load_uvit
-from proxt2i.models.uvit import PRESETS, UViT2DModel, build_uvit
+from proxt2i.models.uvit import UViT2DModel, build_uvit
 from proxt2i.training import distributed, engine as engines
 from proxt2i.training.checkpoint import Checkpoint, CheckpointStore, replace_text
 from proxt2i.training.distributed import Ranks, StopFlag
 from proxt2i.training.ema import EMA
 from proxt2i.training.export import export, network_of
-from proxt2i.training.feed import Feed
+from proxt2i.training.feed import Feed, pixels_per_token
 from proxt2i.training.meter import Meter
 from proxt2i.training.objective import Objective
 from proxt2i.training.preview import draw_grid, settings_of
@@ -174,9 +174,10 @@ class Trainer:
 
     def _log(self) -> None:
         row = self.meter.summary()
+        bad_samples = self.feed.count_bad_samples()
         if self.ranks.is_first:
             self.tracker.log({"images": self.images_seen, "lr": self._learning_rate(), "bad_steps": self.guard.skipped,
-                              "bad_samples": self.feed.bad_samples, **row})
+                              "bad_samples": bad_samples, **row})
 
     def _sample(self) -> None:
         """Draw the sample grid with the averaged weights, on rank 0. Collective."""
@@ -234,7 +235,7 @@ def uvit_of(config: Config, channels: int, factor: int, text_dims: list[int], te
     settings = {key: value for key, value in asdict(config.model).items() if value is not None and key not in ("preset", "components", "init_from")}
     if config.diffusion.precondition:
         settings["betas"] = [config.diffusion.beta_min, config.diffusion.beta_max]
-    step = factor * (config.model.patch_size or PRESETS.get(config.model.preset, {}).get("patch_size", 1))
+    step = pixels_per_token(config, factor)
     if config.data.image_size % step:
         raise ValueError(f"data.image_size ({config.data.image_size}) must be a multiple of {step}: pixels per latent times model.patch_size")
     return build_uvit(config.model.preset, sample_size=config.data.image_size // factor, in_channels=channels, text_dims=text_dims,

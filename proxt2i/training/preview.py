@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from proxt2i.config import Config, SampleConfig
+from proxt2i.data.buckets import parse_size
 from proxt2i.models.bundle import Bundle, Settings
 from proxt2i.pipeline import generate
 
@@ -19,5 +20,6 @@ def settings_of(config: Config) -> Settings:
 def draw_grid(bundle: Bundle, how: SampleConfig) -> np.ndarray:
     """uint8 [prompts, per_prompt, H, W, 3]."""
     prompts = [prompt for prompt in how.prompts for _ in range(how.per_prompt)]
-    images = generate(bundle, prompts, range(how.seed, how.seed + len(prompts))).permute(0, 2, 3, 1).numpy()
+    size = parse_size(how.size) if how.size else None
+    images = generate(bundle, prompts, range(how.seed, how.seed + len(prompts)), size=size).permute(0, 2, 3, 1).numpy()
     return images.reshape(len(how.prompts), how.per_prompt, *images.shape[1:])
