@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 import time
 
 import numpy as np
@@ -14,6 +13,7 @@ from proxt2i.curation import pictures, state
 from proxt2i.curation.pictures import REPAIRS, Files
 from proxt2i.curation.run import SPLITS, Run, captioned, dedup_marker, deduplicated, raw_of, scanned, survivors
 from proxt2i.curation.sources import IMAGE
+from proxt2i.data.buckets import assign, make_buckets
 
 
 def plan(run: Run, captions: list[dict]) -> list[tuple[str, int, list[tuple[int, int, int]]]]:
@@ -91,6 +91,7 @@ def _write_shard(run: Run, shard, inputs: str, samples_of, bar) -> None:
     import webdataset
 
     split, number, parts = shard
+    buckets = make_buckets(run.config.write.image_size, run.config.write.bucket_step, max_aspect=min(16.0, run.config.filter.max_aspect))
     about = {"samples": 0, "repaired": {}, "buckets": {}, "hands": 0, "words": [0] * 26, "captions": [], "examples": []}
     with state.whole_file(run.out / split / f"{number:05d}.tar") as file:
         hashing = _Hashing(file)
@@ -99,7 +100,7 @@ def _write_shard(run: Run, shard, inputs: str, samples_of, bar) -> None:
                 rows = samples_of(unit)[split][start:stop]
                 with Files([str(path) for path in run.units[unit].files]) as files:
                     for record, line in rows:
-                        tar.write(_sample(run, unit, files, record, line, about))
+                        tar.write(_sample(run, unit, files, record, line, buckets, about))
                         bar.update()
     about["captions"] = sorted(about["captions"])[: run.config.write.prompts]
     shard_marker_path(run, shard).parent.mkdir(parents=True, exist_ok=True)
@@ -107,7 +108,7 @@ def _write_shard(run: Run, shard, inputs: str, samples_of, bar) -> None:
         {"split": split, "number": number, "bytes": hashing.size, "sha256": hashing.sha256.hexdigest(), "inputs": inputs, **about}) + "\n")
 
 
-def _sample(run: Run, unit: int, files: Files, record, line: dict, about: dict) -> dict:
+def _sample(run: Run, unit: int, files: Files, record, line: dict, buckets, about: dict) -> dict:
     """The sample as webdataset's TarWriter takes it. Its key is its content's hash, so keys never repeat."""
     raw = raw_of(record)
     data = files.read(raw.spans[IMAGE])
@@ -117,7 +118,7 @@ def _sample(run: Run, unit: int, files: Files, record, line: dict, about: dict) 
     metadata, original = pictures.read_text(files, raw, False)
     caption = line.get("caption") or original
     width, height = int(record["width"]), int(record["height"])
-    bucket = bucket_of(width, height, run.config.write.image_size, run.config.write.bucket_step)
+    bucket = "{}x{}".format(*buckets[int(assign(np.array([[height, width]]), buckets)[0])])
     key, hands = record["sha256"].tobytes().hex()[:24], int(record["hands"])
     repairs = [name for bit, name in enumerate(REPAIRS) if record["repairs"] >> bit & 1]
     ours = {"key": key, "caption": caption, "original_caption": original, "width": width, "height": height, "aspect_ratio": round(width / height, 4), "bucket": bucket,
@@ -135,8 +136,3 @@ def _sample(run: Run, unit: int, files: Files, record, line: dict, about: dict) 
     about["examples"] = sorted([*about["examples"], [key, unit, list(map(int, raw.spans[IMAGE]))]])[:4]
     return {"__key__": key, extension: image, "txt": caption.encode(errors="replace"), "json": json.dumps(ours, ensure_ascii=False).encode(errors="replace")}
 
-
-def bucket_of(width: int, height: int, image_size: int, step: int) -> str:
-    """"HEIGHTxWIDTH": sides in multiples of `step` with about image_size^2 pixels and the picture's shape."""
-    ratio = math.sqrt(height / width)
-    return f"{max(1, round(image_size * ratio / step)) * step}x{max(1, round(image_size / ratio / step)) * step}"
