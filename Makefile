@@ -17,7 +17,7 @@ export PATH := $(BIN):$(PATH)
 help:
 	@echo "make demo        draw a data set, train a model on it, sample and evaluate (sets itself up first)"
 	@echo "make test        all tests (sets itself up first); ARGS='-k name' goes to pytest"
-	@echo "make soak        kill -9 a two-rank run 20 times and compare it with an unbroken one, change its ranks, fill its disk, and disturb a Slurm job (minutes); KILLS=20 MOMENTS=10"
+	@echo "make soak        kill -9 a two-rank run 20 times and compare it with an unbroken one, change its ranks, fill its disk; kill a curation; disturb a Slurm job (minutes); KILLS=20 MOMENTS=10"
 	@echo "make venv        only the set-up: $(VENV) with everything that constraints.txt names, and the native extension"
 	@echo "make emulate     run the CUDA kernels on the CPU, under sanitizers (make test does too; needs gcc); ARGS='-k name' goes to pytest"
 	@echo "make rewards-check  compare our rewards with the public packages (installs those into $(REWARDS_CHECK)/venv; make test compares with the scores kept)"
@@ -61,7 +61,7 @@ test: $(STAMP)
 soak: $(STAMP)
 	@OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} PROXT2I_REQUIRE_NATIVE=1 KILLS=$(or $(KILLS),20) \
 	  MOMENTS=$(or $(MOMENTS),10) \
-	  "$(BIN)/python" -m pytest -q --timeout 3600 $(ARGS) tests/soak/soak.py tests/soak/slurm_soak.py
+	  "$(BIN)/python" -m pytest -q --timeout 3600 $(ARGS) tests/soak/soak.py tests/soak/curation.py tests/soak/slurm_soak.py
 
 demo: $(STAMP)
 	@"$(BIN)/python" -m proxt2i.embedded.demo $(ARGS)
