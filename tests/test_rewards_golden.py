@@ -17,7 +17,7 @@ import cases  # noqa: E402
 
 from proxt2i.rewards import RewardSettings, load_reward, score  # noqa: E402
 from proxt2i.rewards import aesthetic, clipscore, hpsv2, imagereward  # noqa: E402
-from proxt2i.rewards.clip import clean, clip_of_open_clip, load_clip_tokenizer  # noqa: E402
+from proxt2i.rewards.clip import clip_of_open_clip, load_clip_tokenizer  # noqa: E402
 
 CPU, FILE = torch.device("cpu"), Path(os.environ.get("PROXT2I_GOLDEN") or cases.GOLDEN)
 GOLDEN = json.loads(FILE.read_text())

@@ -33,7 +33,7 @@ class Evaluator:
     @torch.no_grad()
     def __call__(self, network) -> Evaluation:
         """Of `network` as it is. Collective."""
-        roller, size, ranks = self.roller, self.config.guard.per_prompt, self.roller.ranks
+        size, ranks = self.config.guard.per_prompt, self.roller.ranks
         own = np.array_split(np.arange(len(self.numbers)), ranks.world_size)[ranks.rank]
         found = {"trained": {}, "panel": {}, "diversity": {}}
         for chosen in np.array_split(own, -(-len(own) * size // self.config.rollout.batch)) if len(own) else ():
