@@ -225,7 +225,8 @@ def test_the_entropy_of_what_prompts_leave_open():
 
 
 @pytest.mark.parametrize("zero", ["zero1", "zero3"])
-def test_other_stages_of_zero_train_the_same(grpo, ranks, tmp_path, zero):
+def test_other_stages_of_zero_train_the_same(grpo, ranks, tmp_path, monkeypatch, zero):
+    monkeypatch.setattr(torch.nn.functional, "linear", torch.nn.functional.linear)  # DeepSpeed puts one of its own there for stage 3, for good
     for stage in ("zero2", zero):
         make(grpo, ranks, zero=stage, train__run_dir=tmp_path / stage, train__images=32).run()
     one, other = weights(tmp_path / "zero2", 32), weights(tmp_path / zero, 32)

@@ -133,9 +133,14 @@ def test_a_requeued_run_takes_its_own_newest_checkpoint(tmp_path):
     assert command("--resume", "a.b=1")[6:] == ["a.b=1", "--resume"]
 
 
+def _unranked() -> dict[str, str]:
+    """The environment without what other tests' ranks have put there."""
+    return {key: value for key, value in os.environ.items() if key not in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")}
+
+
 def test_a_command_that_knows_nothing_of_slurm_gets_its_rank():
     code = "import os; print(os.environ['RANK'], os.environ['WORLD_SIZE'], os.environ['LOCAL_WORLD_SIZE']); raise SystemExit(5)"
-    done = subprocess.run([sys.executable, "-m", "launchers.rank", "-c", code], cwd=ROOT, env=os.environ | STEP, text=True, capture_output=True)
+    done = subprocess.run([sys.executable, "-m", "launchers.rank", "-c", code], cwd=ROOT, env=_unranked() | STEP, text=True, capture_output=True)
     assert (done.returncode, done.stdout) == (5, "25 28 4\n"), done.stderr
 
 

@@ -18,6 +18,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from torch.utils.flop_counter import register_flop_formula
 
 from proxt2i.ops.native import cpu_isa, native_available
 
@@ -137,6 +138,16 @@ if native_available():
         blocks = [1, 1] if qkv.device.type == "cpu" else [0 if out.shape[1] == 0 else 4 * -(-n // 64) for n in (out.shape[1], qkv.shape[1])]
         rows = [0 if q_weight is None else qkv.shape[0] * qkv.shape[3] * n for n in blocks]
         return torch.empty_like(qkv), *(lse.new_empty((n, qkv.shape[-1])) for n in rows)
+
+    @register_flop_formula(torch.ops.proxt2i.attention_forward)
+    def _(qkv_shape, key_lengths, q_weight, k_weight, num_queries, *args, **kwargs):
+        batch, tokens, _, heads, dim = qkv_shape
+        return 4 * batch * heads * num_queries * tokens * dim
+
+    @register_flop_formula(torch.ops.proxt2i.attention_backward)
+    def _(grad_out_shape, qkv_shape, *args, **kwargs):  # without the scores that are computed again, as is the custom
+        batch, queries, heads, dim = grad_out_shape
+        return 8 * batch * heads * queries * qkv_shape[1] * dim
 
     def _setup(ctx, inputs, output):
         qkv, key_lengths, q_weight, k_weight, _, *ctx.numbers = inputs
