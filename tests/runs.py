@@ -128,7 +128,7 @@ class BareRanks:
 
     @property
     def output(self) -> str:
-        return self.log.read_text()
+        return self.log.read_text() if self.log.exists() else ""  # a rank may die before it has one
 
 
 def become_rank(rank, ranks, port, log):

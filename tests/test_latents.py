@@ -1,7 +1,6 @@
 """Latent shards: what is read is what the VAE made, whoever made it and however often it was killed; damage and mix-ups are found."""
 
 import json
-import multiprocessing
 import os
 import shutil
 import signal

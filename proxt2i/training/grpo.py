@@ -130,12 +130,12 @@ class GrpoTrainer:
             received = self._loop(stop)
             if self.saved_at != self.images_seen:
                 self.save()
+            if received:  # said before another signal can end the process
+                self._say(f"interrupted by signal {received} after {self.images_seen:,} images, all saved; continue with --resume")
         self.roller.scorer.close()
         if self.feed:
             self.feed.close()
-        if received:
-            self._say(f"interrupted by signal {received} after {self.images_seen:,} images, all saved; continue with --resume")
-        elif self.ranks.is_first:
+        if self.ranks.is_first and not received:
             restored = self.alarm and self.config.guard.alarm == "restore" and self.guard.best
             source = self.store.folder / self.guard.best if restored else self.saved
             export(source, self.run_dir / "model")

@@ -96,11 +96,10 @@ class Trainer:
             received = self._loop(stop)
             if self.saved_at != self.images_seen:
                 self.save()
+            if received:  # said before another signal can end the process
+                self._say(f"interrupted by signal {received} after {self.images_seen:,} images, all saved; continue with --resume")
         self.feed.close()
-        if received:
-            self._say(f"interrupted by signal {received} after {self.images_seen:,} images, all saved; "
-                      "continue with --resume")
-        else:
+        if not received:
             self._finish()
         if self.ranks.is_first:
             self.tracker.close()
