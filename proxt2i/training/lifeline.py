@@ -189,8 +189,8 @@ class _Hub:
             time.sleep(1.0)  # rank 0's own thread ends the process long before
             os._exit(status)
         if self._is_ready and self._verdict is None and all(peer.left for peer in self._peers.values()):
-            for peer in self._peers.values():
-                self._tell(peer, "bye")
+            for rank in sorted(self._peers, reverse=True):  # rank 0 last: its process may end at once, and this thread with it
+                self._tell(self._peers[rank], "bye")
             return True
         return False
 
