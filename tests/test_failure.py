@@ -8,7 +8,7 @@ import time
 import pytest
 from PIL import Image
 
-from runs import BareRanks, assert_same_checkpoint, launch, overrides, rank_pids, resumed_at, rows, wait_for
+from runs import BareRanks, assert_same_checkpoint, become_rank, launch, overrides, rank_pids, resumed_at, rows, wait_for
 
 FOREVER = dict(train__images=10**8, train__log_every=160, train__checkpoint_every=10**7, sample__every=0)
 
@@ -59,6 +59,23 @@ def test_input_that_only_training_finds_wrong_is_said_once_with_status_2(setting
     run = BareRanks("--resume", tmp_path / "nothing", *overrides(settings), log=tmp_path / "log")
     ends(run, [2, 2])
     assert run.output.count("no such folder") == 1 and "Traceback" not in run.output
+
+
+def join_and_leave_slowly(rank, ranks, port, arguments, log):
+    """A rank whose hub takes its time between telling one rank and the next."""
+    become_rank(rank, ranks, port, log)
+    from proxt2i.training import distributed, lifeline
+
+    tell = lifeline._Hub._tell
+    lifeline._Hub._tell = lambda hub, peer, line: (tell(hub, peer, line), time.sleep(0.3))
+    distributed.start(1)
+    distributed.stop()
+
+
+def test_a_slow_goodbye_is_no_death(tmp_path):
+    """Rank 0's process must not be gone before all others know that it may go."""
+    run = BareRanks(program=join_and_leave_slowly, log=tmp_path / "log")
+    assert run.wait(60) == [0, 0], run.output
 
 
 def test_a_stop_before_the_training_steps(settings, tmp_path):
