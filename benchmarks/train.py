@@ -51,12 +51,12 @@ from proxt2i.training.meter import Meter  # noqa: E402
 from proxt2i.training.tracking import read_rows  # noqa: E402
 
 ROOT = Path(__file__).resolve().parents[1]
-BATCH = 64
+BATCH, NUM_IMAGES = 64, 4096
 
 
 def make_trainer(folder: Path, name: str, overrides: list[str]) -> Trainer:
     """Ours, on this process' rank, its data found."""
-    settings = [f"data.portraits_dir={folder}/portraits", f"data.cache_dir={folder}/latents", f"train.run_dir={folder}/{name}", "data.num_images=4096",
+    settings = [f"data.portraits_dir={folder}/portraits", f"data.cache_dir={folder}/latents", f"train.run_dir={folder}/{name}", f"data.num_images={NUM_IMAGES}",
                 "train.threads=1", f"train.batch_size={BATCH}", "train.tensorboard=false", "sample.every=0", *overrides]
     trainer = Trainer(load_config(ROOT / "configs" / "portraits.yaml", settings), read_deepspeed_json(ROOT / "configs" / "zero2.json"), None,
                       distributed.start(1))
@@ -82,8 +82,9 @@ def ours(folder: Path, name: str, *overrides: str):
 def plain(folder: Path, name: str, fused: bool):
     """A function that makes one step of the plain loop, on the same latents and embeddings."""
     trainer = make_trainer(folder, name, [])
-    cache = trainer.feed._loader.cache
-    return PlainTrainer(trainer.uvit, cache.latents, cache.text, trainer.feed.null_text, BATCH, fused).step
+    batches = [trainer.feed.next() for _ in range(NUM_IMAGES // BATCH)]  # every image once
+    latents, *text = (torch.cat(parts) for parts in zip(*([batch.latents, *batch.text] for batch in batches)))
+    return PlainTrainer(trainer.uvit, latents, text, trainer.feed.null_text, BATCH, fused).step
 
 
 def serve(pipe, core: int, environment: dict, log: Path, make, arguments) -> None:
