@@ -100,7 +100,7 @@ def sample_latents(
     null_text, null_row = encoded(negative_prompts) if negative_prompts is not None else (bundle.text([""]), None)
     for chosen in torch.arange(len(prompts), device=device).split(batch_size):
         null = null_text if null_row is None else [e[null_row[chosen]] for e in null_text]
-        eps_fn = guided(bundle.uvit, [e[row[chosen]] for e in text], null)
+        eps_fn = guided(bundle.network or bundle.uvit, [e[row[chosen]] for e in text], null)
         if bundle.settings.objective == "score":
             eps_fn = prox_from_eps(eps_fn, steps.schedule)
         for i, y, x in trajectory(eps_fn, steps, shape, seeds[chosen], guidance_scale=scales, want_x=callback is not None):

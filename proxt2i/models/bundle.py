@@ -12,6 +12,7 @@ import inspect
 import json
 import shutil
 import tempfile
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 
@@ -55,6 +56,7 @@ class Bundle:
     codec: LatentCodec | PixelSpace
     settings: Settings = field(default_factory=Settings)
     source: Path | None = None
+    network: Callable | None = None  # what the sampler calls in the U-ViT's place, such as CudaGraphs(uvit)
 
 
 def load_bundle(folder: Path | str, device="cpu", dtype: torch.dtype = torch.float32,

@@ -225,6 +225,8 @@ class UViT2DModel(ModelMixin, ConfigMixin):
             skips.append(x)
         # Only image tokens are read out, so the last block computes no others.
         x = self._call(self.mid_block, x, None, None if self.out_blocks else num_image_tokens)
+        if self.out_blocks and torch.is_autocast_enabled(x.device.type):
+            x = x.to(torch.get_autocast_dtype(x.device.type))  # as the first long skip does anyway: all out_blocks see one dtype, and share their compiled code
         for i, block in enumerate(self.out_blocks):
             last = i == len(self.out_blocks) - 1
             x = self._call(block, x, skips.pop(), num_image_tokens if last else None)

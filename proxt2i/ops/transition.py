@@ -10,8 +10,7 @@ old network with the noise z: y' = mean_old + b z, hence y' - mean_new = b (z + 
 
 Neither states nor means appear, so nothing cancels: equal networks give a ratio of exactly 1. The noise need not be stored either; it
 is drawn again from the seeds. Sums are in an order that depends on an image's size alone (csrc/common/reduce.h): a result is the same
-bits in any batch, on any number of threads and with any instruction set. The CUDA kernels are *unverified*: compiled in CI, not yet
-run on a GPU.
+bits in any batch, on any number of threads and with any instruction set.
 """
 
 import torch
