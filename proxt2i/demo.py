@@ -29,7 +29,7 @@ POLICY = (b"default-src 'self'; script-src 'self' 'unsafe-inline' 'unsafe-eval' 
 CSS = """
 .gradio-container {max-width: 1200px !important; margin: auto}
 .strip {display: flex; gap: 3px; overflow-x: auto; min-height: 84px}
-.strip figure {margin: 0; flex: 1 1 0; min-width: 34px; max-width: 96px; text-align: center}
+.strip figure {margin: 0; flex: 1 1 0; min-width: 34px; max-width: 76px; text-align: center}
 .strip img {width: 100%; display: block; border-radius: 4px; margin: 0}
 .strip .to-come {width: 100%; aspect-ratio: 1; border-radius: 4px; background: var(--block-border-color); opacity: .5}
 .strip figcaption {font-size: 11px; color: var(--body-text-color-subdued); line-height: 1.5}
@@ -37,6 +37,9 @@ CSS = """
 .note.wrong {border-color: #dc2626; color: #dc2626}
 .note code {display: block; margin-top: 4px; font-size: 12px; white-space: pre-wrap; user-select: all}
 .pictures img {image-rendering: pixelated}
+.pictures .grid-wrap {min-height: 0 !important; max-height: none !important; overflow: visible !important}
+.pictures:has(.preview) .gallery-container {min-height: 420px}
+.pictures .caption-label {font-size: 11px; padding: 1px 6px; bottom: 4px; right: 4px}
 """
 
 
@@ -81,6 +84,11 @@ def note(lines, wrong: bool = False) -> str:
     return f'<div class="note{" wrong" if wrong else ""}" role="{"alert" if wrong else "status"}">{text}</div>'
 
 
+def one_of(i: int, *values, other) -> list:
+    """The outputs of both sides, (strip, pictures) each: `values` for side i, `other` for the other's."""
+    return [*values, other, other] if i == 0 else [other, other, *values]
+
+
 def build(models: dict, max_images: int):
     """The page as gradio.Blocks. models: {name: Bundle}."""
     import gradio as gr
@@ -96,35 +104,36 @@ def build(models: dict, max_images: int):
 
     def on_draw(prompt, negative, guidance, below, seed, count, compare, *sides):
         """Streams (message, strip, pictures, strip, pictures)."""
-        shown = ["", "", [], "", []]
+        same = gr.skip()
         try:
             form = read_form(prompt, negative, guidance, below, seed, count, max_images=max_images)
             chosen = [read_side(models, *sides[i : i + 3], form) for i in ((0, 3) if compare else (0,))]
         except ValueError as error:
-            yield note([str(error)], wrong=True), *[gr.skip()] * 4
+            yield note([str(error)], wrong=True), *[same] * 4
             return
         notes = list(dict.fromkeys(line for side in chosen for line in unheard(form, side)))
         for i, side in enumerate(chosen):
+            yield note([f"Drawing: {side.model}, {side.plan.name}, {side.plan.num_steps} steps …", *notes]), *one_of(i, strip_html([], side.plan), [], other=same)
             with tempfile.TemporaryDirectory() as folder:
-                shown[0] = note([f"Drawing: {side.model}, {side.plan.name}, {side.plan.num_steps} steps …", *notes])
                 for drawn in draw(form, side, Path(folder)):
-                    shown[2 * i + 1] = strip_html(drawn.strip, side.plan)
-                    if drawn.files is not None:
-                        shown[2 * i + 2] = [(str(path), f"seed {seed}") for path, seed in zip(drawn.files, form.seeds)]
-                        done = f"{len(drawn.files)} images in {drawn.seconds:.2f} s: {side.model}, {side.plan.name}, {side.plan.num_steps} steps. The same pictures:"
-                        notes.append((done, command_line(form, side)))
-                        shown[0] = note(notes)
-                    yield tuple(shown)  # Gradio copies the files before it asks for more
+                    strip = strip_html(drawn.strip, side.plan)
+                    if drawn.files is None:
+                        yield same, *one_of(i, strip, same, other=same)
+                        continue
+                    done = f"{len(drawn.files)} images in {drawn.seconds:.2f} s: {side.model}, {side.plan.name}, {side.plan.num_steps} steps. The same pictures:"
+                    notes.append((done, command_line(form, side)))
+                    pictures = [(str(path), f"seed {seed}") for path, seed in zip(drawn.files, form.seeds)]
+                    yield note(notes), *one_of(i, strip, pictures, other=same)  # Gradio copies the files before it asks for more
 
     def on_model(name):
         settings = models[name].settings
         return settings.plan, settings.num_steps, settings.guidance_scale, settings.guidance_below
 
-    def side_inputs(model, plan):
+    def side_inputs(side, model, plan):
         with gr.Row():
-            model = gr.Dropdown(names, value=model, label="Model", visible=len(names) > 1, min_width=120)
-            plan = gr.Dropdown(list(PLANS), value=plan, label="Plan", min_width=120)
-            steps = gr.Number(models[model.value].settings.num_steps, label=f"Steps (1–{MAX_STEPS})", min_width=80)
+            model = gr.Dropdown(names, value=model, label="Model", visible=len(names) > 1, min_width=120, elem_id=f"model-{side}")
+            plan = gr.Dropdown(list(PLANS), value=plan, label="Plan", min_width=120, elem_id=f"plan-{side}")
+            steps = gr.Number(models[model.value].settings.num_steps, label=f"Steps (1–{MAX_STEPS})", min_width=80, elem_id=f"steps-{side}")
         return [model, plan, steps]
 
     def side_outputs(side):
@@ -139,22 +148,23 @@ def build(models: dict, max_images: int):
             prompt = gr.Textbox(label="Prompt", value=PROMPTS[0], lines=1, max_lines=4, scale=3, elem_id="prompt")
             negative = gr.Textbox(label="Negative prompt", lines=1, max_lines=4, scale=2, elem_id="negative")
         with gr.Row(equal_height=True):
-            guidance = gr.Number(own.guidance_scale, label="Guidance scale (1: off)", min_width=110, elem_id="guidance")
-            below = gr.Number(own.guidance_below, label="Guidance below (1: every step)", min_width=130, elem_id="below")
-            seed = gr.Textbox("0", label="Seed of the first image", min_width=130, elem_id="seed")
-            dice = gr.Button("🎲 Random seed", min_width=110)
-            count = gr.Number(min(4, max_images), label=f"Images (1–{max_images})", min_width=90, elem_id="count")
-            compare = gr.Checkbox(label="Compare two", min_width=110, elem_id="compare")
+            guidance = gr.Number(own.guidance_scale, label="Guidance scale", min_width=110, elem_id="guidance")
+            below = gr.Number(own.guidance_below, label="Guidance below", min_width=110, elem_id="below")
+            seed = gr.Textbox("0", label="Seed", min_width=110, elem_id="seed")
+            count = gr.Number(min(4, max_images), label=f"Images (1–{max_images})", min_width=110, elem_id="count")
+            with gr.Column(min_width=130):
+                dice = gr.Button("Random seed", size="sm", elem_id="dice")
+                compare = gr.Checkbox(label="Compare two", container=False, elem_id="compare")
         with gr.Row():
             go = gr.Button("Draw", variant="primary", scale=4, elem_id="draw")
             stop = gr.Button("Stop", min_width=80)
         message = gr.HTML(elem_id="message")
         with gr.Row():
             with gr.Column(elem_id="left"):
-                left = side_inputs(names[0], own.plan)
+                left = side_inputs("left", names[0], own.plan)
                 left_shown = side_outputs("left")
             with gr.Column(visible=False, elem_id="right") as column:
-                right = side_inputs(other, models[other].settings.plan if other != names[0] else "hybrid")
+                right = side_inputs("right", other, models[other].settings.plan if other != names[0] else "hybrid")
                 right_shown = side_outputs("right")
         gr.Examples([[text] for text in PROMPTS], [prompt], label="Prompts for the shipped model")
 
@@ -183,18 +193,17 @@ class Guarded:
         await self.app(scope, receive, guarded_send)
 
 
-def serve(page, bound: socket.socket, auth: str | None) -> None:
-    """Serves the page until Ctrl-C."""
+def application(page, auth: str | None = None) -> Guarded:
+    """The page as an ASGI application. auth: USER:PASSWORD to ask visitors for."""
     import fastapi
     import gradio as gr
-    import uvicorn
 
     theme = gr.themes.Soft(font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"])
     user, _, password = (auth or "").partition(":")
     app = gr.mount_gradio_app(fastapi.FastAPI(docs_url=None, redoc_url=None, openapi_url=None), page, "/", auth=(user, password) if auth else None,
                               footer_links=[], run_history=False, ssr_mode=False, mcp_server=False, enable_monitoring=False, pwa=False,
                               max_file_size="1kb", theme=theme, css=CSS)  # fmt: skip
-    uvicorn.Server(uvicorn.Config(Guarded(app), log_level="warning", timeout_graceful_shutdown=2)).run(sockets=[bound])
+    return Guarded(app)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -219,6 +228,8 @@ def run(args: argparse.Namespace) -> int:
         raise ValueError(MISSING)
     bound = listen(args.host, args.port)  # refused before models are read
 
+    import uvicorn
+
     from .drawing import load_models
     from .embedded import SHIPPED_MODEL
     from .pipeline import pick_device
@@ -231,7 +242,7 @@ def run(args: argparse.Namespace) -> int:
         print(f"proxt2i.demo: warning: {host} can be reached from other machines, by {who}; the connection is not encrypted", file=sys.stderr)
     name = f"[{host}]" if ":" in host else host
     print(f"{', '.join(models)} at http://{'localhost' if host in ('0.0.0.0', '::') else name}:{port} (Ctrl-C stops)", flush=True)
-    serve(page, bound, args.auth)
+    uvicorn.Server(uvicorn.Config(application(page, args.auth), log_level="warning", timeout_graceful_shutdown=2)).run(sockets=[bound])
     return 0
 
 

@@ -6,6 +6,7 @@ import base64
 import io
 import math
 import shlex
+import textwrap
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -101,7 +102,8 @@ def unheard(form: Form, side: Side) -> list[str]:
     """A sentence for each prompt whose end the model's text encoders do not take in."""
     texts = (("prompt", form.prompt), ("negative prompt", form.negative))
     ends = [(name, side.bundle.text.unheard(text)) for name, text in texts if text]
-    return [f"{side.model} takes {max(side.bundle.text.lengths)} tokens and does not hear the end of the {name}: “{end}”" for name, end in ends if end]
+    return [f"{side.model} takes {max(side.bundle.text.lengths)} tokens and does not hear the end of the {name}: “{textwrap.shorten(end, 200, placeholder=' …')}”"
+            for name, end in ends if end]
 
 
 @torch.no_grad()
