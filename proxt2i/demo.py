@@ -22,7 +22,7 @@ examples:
 PROXT2I_DEMO_AUTH=USER:PASSWORD is --auth where the command line is not secret. The page fetches nothing from the internet and reports nothing to anyone.
 """
 PROMPTS = ("a smiling woman with long red hair and glasses", "a serious man with a beanie on a yellow background", "a lady with curly black hair and a brimmed hat")
-MISSING = "the page needs Gradio: pip install 'proxt2i[demo]' (in a clone: pip install -c constraints.txt --no-build-isolation -e '.[demo]')"
+MISSING = "the page needs Gradio: in the clone, pip install -c constraints.txt --no-build-isolation -e '.[demo]'"
 # A browser that keeps to it asks nothing but this server, whatever the libraries of the page may want.
 POLICY = (b"default-src 'self'; script-src 'self' 'unsafe-inline' 'unsafe-eval' blob:; style-src 'self' 'unsafe-inline'; img-src 'self' data: blob:; font-src 'self' data:; "
           b"connect-src 'self' data: blob:; worker-src 'self' blob:; frame-ancestors 'self'")  # fmt: skip
@@ -36,7 +36,7 @@ CSS = """
 .note {padding: 8px 12px; border-radius: 8px; border: 1px solid var(--block-border-color); overflow-wrap: anywhere}
 .note.wrong {border-color: #dc2626; color: #dc2626}
 .note code {display: block; margin-top: 4px; font-size: 12px; white-space: pre-wrap; user-select: all}
-.pictures img {image-rendering: pixelated}
+.small img {image-rendering: pixelated}
 .pictures .grid-wrap {min-height: 0 !important; max-height: none !important; overflow: visible !important}
 .pictures:has(.preview) .gallery-container {min-height: 420px}
 .pictures .caption-label {font-size: 11px; padding: 1px 6px; bottom: 4px; right: 4px}
@@ -73,6 +73,7 @@ def listen(host: str, port: int) -> socket.socket:
         bound = socket.socket(family, kind, protocol)
         bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         bound.bind(address)
+        bound.listen()  # a second server cannot take the port while this one reads its models
     except OSError as error:
         raise ValueError(f"--host {host} --port {port}: {error.strerror or error}; give another --port (0: any free one) or --host") from None
     return bound
@@ -92,14 +93,16 @@ def one_of(i: int, *values, other) -> list:
 def build(models: dict, max_images: int):
     """The page as gradio.Blocks. models: {name: Bundle}."""
     import gradio as gr
+    import torch
 
     from .diffusion.plan import PLANS
     from .drawing import MAX_STEPS, command_line, draw, read_form, read_side, strip_html, unheard
-    from .pipeline import plan_of
+    from .pipeline import latent_size, plan_of
 
     names = list(models)
     own = models[names[0]].settings
     other = names[1 % len(names)]
+    small = all(latent_size(model)[0] * model.codec.factor <= 128 for model in models.values())  # their pixels may be seen
     quiet = dict(api_visibility="private", show_progress="hidden")
 
     def on_draw(prompt, negative, guidance, below, seed, count, compare, *sides):
@@ -108,22 +111,22 @@ def build(models: dict, max_images: int):
         try:
             form = read_form(prompt, negative, guidance, below, seed, count, max_images=max_images)
             chosen = [read_side(models, *sides[i : i + 3], form) for i in ((0, 3) if compare else (0,))]
+            notes = list(dict.fromkeys(line for side in chosen for line in unheard(form, side)))
+            for i, side in enumerate(chosen):
+                yield note([f"Drawing: {side.model}, {side.plan.name}, {side.plan.num_steps} steps …", *notes]), *one_of(i, strip_html([], side.plan), [], other=same)
+                with tempfile.TemporaryDirectory() as folder:
+                    for drawn in draw(form, side, Path(folder)):
+                        if drawn.files is None:
+                            yield same, *one_of(i, strip_html(drawn.strip, side.plan), same, other=same)
+                            continue
+                        done = f"{len(drawn.files)} images in {drawn.seconds:.2f} s: {side.model}, {side.plan.name}, {side.plan.num_steps} steps. The same pictures:"
+                        notes.append((done, command_line(form, side)))
+                        pictures = [(str(path), f"seed {seed}") for path, seed in zip(drawn.files, form.seeds)]
+                        yield note(notes), *one_of(i, strip_html(drawn.strip, side.plan), pictures, other=same)  # Gradio copies them before it asks for more
         except ValueError as error:
             yield note([str(error)], wrong=True), *[same] * 4
-            return
-        notes = list(dict.fromkeys(line for side in chosen for line in unheard(form, side)))
-        for i, side in enumerate(chosen):
-            yield note([f"Drawing: {side.model}, {side.plan.name}, {side.plan.num_steps} steps …", *notes]), *one_of(i, strip_html([], side.plan), [], other=same)
-            with tempfile.TemporaryDirectory() as folder:
-                for drawn in draw(form, side, Path(folder)):
-                    strip = strip_html(drawn.strip, side.plan)
-                    if drawn.files is None:
-                        yield same, *one_of(i, strip, same, other=same)
-                        continue
-                    done = f"{len(drawn.files)} images in {drawn.seconds:.2f} s: {side.model}, {side.plan.name}, {side.plan.num_steps} steps. The same pictures:"
-                    notes.append((done, command_line(form, side)))
-                    pictures = [(str(path), f"seed {seed}") for path, seed in zip(drawn.files, form.seeds)]
-                    yield note(notes), *one_of(i, strip, pictures, other=same)  # Gradio copies the files before it asks for more
+        except torch.OutOfMemoryError:
+            yield note([f"{len(form.seeds)} images are too many for the device's memory: ask for fewer."], wrong=True), *[same] * 4
 
     def on_model(name):
         settings = models[name].settings
@@ -131,7 +134,7 @@ def build(models: dict, max_images: int):
 
     def side_inputs(side, model, plan):
         with gr.Row():
-            model = gr.Dropdown(names, value=model, label="Model", visible=len(names) > 1, min_width=120, elem_id=f"model-{side}")
+            model = gr.Dropdown(names, value=model, label="Model", visible=len(names) > 1, min_width=240, elem_id=f"model-{side}")
             plan = gr.Dropdown(list(PLANS), value=plan, label="Plan", min_width=120, elem_id=f"plan-{side}")
             steps = gr.Number(models[model.value].settings.num_steps, label=f"Steps (1–{MAX_STEPS})", min_width=80, elem_id=f"steps-{side}")
         return [model, plan, steps]
@@ -139,7 +142,7 @@ def build(models: dict, max_images: int):
     def side_outputs(side):
         strip = gr.HTML(strip_html([], plan_of(own)), elem_id=f"strip-{side}")
         pictures = gr.Gallery(show_label=False, columns=4, height="auto", object_fit="contain", buttons=["download", "fullscreen"], interactive=False,
-                              elem_id=f"pictures-{side}", elem_classes="pictures")  # fmt: skip
+                              elem_id=f"pictures-{side}", elem_classes=["pictures", "small"] if small else ["pictures"])  # fmt: skip
         return [strip, pictures]
 
     with gr.Blocks(title="proxt2i", analytics_enabled=False, delete_cache=(600, 6 * 3600)) as page:
@@ -210,20 +213,20 @@ def main(argv: list[str] | None = None) -> int:
     args = parse_args(argv)
     try:
         check(args)
-        try:
-            with tempfile.TemporaryDirectory(prefix="proxt2i-demo-") as cache:
-                # read when Gradio is imported or a page is built; the last two are said to huggingface_hub, which Gradio imports
-                os.environ.update(GRADIO_TEMP_DIR=cache, GRADIO_ANALYTICS_ENABLED="False", HF_HUB_DISABLE_TELEMETRY="1", HF_HUB_OFFLINE="1")
-                return run(args)
-        except KeyboardInterrupt:
-            print("stopped")
-            return 0
+        with tempfile.TemporaryDirectory(prefix="proxt2i-demo-") as cache:
+            # read when Gradio is imported or a page is built; the last two are said to huggingface_hub, which Gradio imports
+            os.environ.update(GRADIO_TEMP_DIR=cache, GRADIO_ANALYTICS_ENABLED="False", HF_HUB_DISABLE_TELEMETRY="1", HF_HUB_OFFLINE="1")
+            run(args)
+    except KeyboardInterrupt:  # uvicorn, too, raises it once it has shut down
+        pass
     except (ValueError, OSError) as error:
         print(f"proxt2i.demo: error: {error}", file=sys.stderr)
         return 2
+    print("stopped")
+    return 0
 
 
-def run(args: argparse.Namespace) -> int:
+def run(args: argparse.Namespace) -> None:
     if importlib.util.find_spec("gradio") is None:
         raise ValueError(MISSING)
     bound = listen(args.host, args.port)  # refused before models are read
@@ -243,7 +246,6 @@ def run(args: argparse.Namespace) -> int:
     name = f"[{host}]" if ":" in host else host
     print(f"{', '.join(models)} at http://{'localhost' if host in ('0.0.0.0', '::') else name}:{port} (Ctrl-C stops)", flush=True)
     uvicorn.Server(uvicorn.Config(application(page, args.auth), log_level="warning", timeout_graceful_shutdown=2)).run(sockets=[bound])
-    return 0
 
 
 if __name__ == "__main__":

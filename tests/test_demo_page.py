@@ -137,7 +137,7 @@ def test_a_taken_port_and_a_missing_gradio_are_named(capsys, monkeypatch):
     assert "in use; give another --port" in capsys.readouterr().err
     monkeypatch.setitem(sys.modules, "gradio", None)
     assert demo.main(["--port", "0"]) == 2
-    assert "pip install 'proxt2i[demo]'" in capsys.readouterr().err
+    assert "-e '.[demo]'" in capsys.readouterr().err
 
 
 # in the browser ------------------------------------------------------------------------------------------------------------------------------
