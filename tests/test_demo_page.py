@@ -189,13 +189,13 @@ def browser(server, tmp_path_factory):
 @pytest.fixture(scope="module")
 def address(server):
     process, log = server
-    for _ in until(120):
+    for _ in until():
         if found := re.search(r"http://\S+", log.read_text()):
             return found[0]
         assert process.poll() is None, log.read_text()
 
 
-def until(seconds=120):
+def until(seconds=240):
     end = time.monotonic() + seconds
     while time.monotonic() < end:
         yield
