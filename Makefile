@@ -49,7 +49,7 @@ $(STAMP): $(SOURCES)
 	@echo "== installing (minutes the first time)"
 	@"$(BIN)/python" -m pip install --disable-pip-version-check -q $(PIP_ARGS) -c constraints.txt \
 	  setuptools wheel packaging cmake ninja pybind11 numpy "torch>=2.11"
-	@"$(BIN)/python" -m pip install --disable-pip-version-check -q $(PIP_ARGS) -c constraints.txt --no-build-isolation -e '.[test]'
+	@"$(BIN)/python" -m pip install --disable-pip-version-check -q $(PIP_ARGS) -c constraints.txt --no-build-isolation -e '.[test,demo]'
 	@touch $@
 
 venv: $(STAMP)

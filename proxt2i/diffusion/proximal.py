@@ -85,6 +85,17 @@ def step_rows(plan: Plan, scales: Sequence[float]) -> list[list[float]]:
     return rows
 
 
+def clean_estimate(plan: Plan, i: int, y: Tensor, x: Tensor) -> Tensor:
+    """The clean image D that step i implies (see `step_rows`), of its input y and result x, [B, *shape] each; at the last step x itself.
+
+    x = y - rho sqrt(lam) eps gives back the eps that was used, guidance included.
+    """
+    if i + 1 == plan.num_steps:
+        return x
+    t, lam = plan.t[i], plan.lam[i]
+    return (y - (plan.schedule.one_minus_alpha(t) + lam) / (plan.rho[i] * lam) * (y - x)) / math.sqrt(plan.schedule.alpha(t))
+
+
 def guided(model: Callable, text: list[Tensor], null_text: list[Tensor] | None = None) -> EpsFn:
     """The eps_fn of a conditional network, with both branches of guidance in one batch.
 
