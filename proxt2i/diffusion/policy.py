@@ -77,7 +77,7 @@ def make_policy(plan: Plan | ScorePlan, guidance_scale: float | Sequence[float] 
         std, first_draw = plan.b[1:], 2
         mean = [a * rho * math.sqrt(lam) for a, rho, lam in zip(plan.a[1:], plan.rho, plan.lam)]
     else:
-        std, mean, first_draw = plan.b[:-1], plan.c[:-1], 1
+        std, mean, first_draw = plan.b[:-1], list(plan.c[:-1]), 1
     if min(std) <= 0:
         stochastic = '"hybrid", "backward", "variance_preserving", or "relaxed" with eta > 0' if isinstance(plan, Plan) else '"ddpm" or "euler_maruyama"'
         raise ValueError(f'plan "{plan.name}" adds no noise, so its transitions have no density: use {stochastic}')
@@ -115,7 +115,7 @@ def rollout(eps_fn: EpsFn, policy: Policy, shape: Sequence[int], seeds: Tensor |
             eps[i] = guided_eps(*outputs, guidance_scale, impl).to(store or y.device)
         return outputs
 
-    for i, state, result in policy.states(recording, shape, seeds, impl):
+    for i, state, result in policy.states(recording, shape, seeds, impl):  # noqa: B007 (the last result is used)
         if i in kept:
             states[i] = state.to(store or state.device)
     return Rollout(seeds, states, eps, result)

@@ -16,8 +16,7 @@ run on a GPU.
 
 import torch
 
-from proxt2i.ops.checks import check_batch, check_like, check_per_image, elements_per_image, network_output, rows, state_dtype, \
-    without_second_derivative
+from proxt2i.ops.checks import check_batch, check_like, check_per_image, elements_per_image, network_output, rows, state_dtype, without_second_derivative
 from proxt2i.ops.native import native_available, use_native
 from proxt2i.ops.philox import philox_normal_ref
 
