@@ -16,6 +16,7 @@ ROOT = Path(__file__).resolve().parents[1]
 PAGES = {"README.md": "index.md", "CONTRIBUTING.md": "contributing.md", "CHANGELOG.md": "changelog.md"}  # file -> page of the site
 LINK = re.compile(r"(\]\()([^)\s#]+)(#[^)\s]*)?(\))")
 CODE = re.compile(r"<code>([\w./-]+)</code>(?!</a>)")
+OPERATORS = {r"\arg": r"\operatorname{arg}", r"\ln": r"\operatorname{ln}"}  # that latex2mathml does not know, or sets without space
 MATHS = re.compile(r'<(span|div) class="arithmatex">\\([(\[])(.*?)\\[)\]]</\1>', re.DOTALL)
 
 
@@ -51,10 +52,15 @@ def on_page_content(content, page, config, files):
 
 def _mathml(match, page):
     tex = html.unescape(match[3]).strip()
+    for name, operator in OPERATORS.items():
+        tex = re.sub(re.escape(name) + r"(?![a-z])", lambda _, operator=operator: operator, tex)
     try:
-        return convert(tex, display="inline" if match[2] == "(" else "block")
+        maths = convert(tex, display="inline" if match[2] == "(" else "block")
     except Exception as error:  # latex2mathml raises many kinds
         raise PluginError(f"{page.file.src_uri}: latex2mathml cannot read {tex!r}: {type(error).__name__}: {error}") from error
+    if "\\" in maths:
+        raise PluginError(f"{page.file.src_uri}: latex2mathml leaves TeX of {tex!r}; see OPERATORS in docs/site_hooks.py")
+    return maths
 
 
 def _repository_path(page, link):
