@@ -146,7 +146,7 @@ def test_settings_exist(page):
     known = set().union(*map(keys, (Config, GrpoConfig, Curation)))
     sections = {key.split(".")[0] for key in known}
     text = "\n".join([*spans(page), *commands(page)])
-    for section, field in re.findall(r"(?:^|[\s(])(%s)\.([a-z]\w*)(?=[=\s:,)]|$)" % "|".join(sections), text):
+    for section, field in re.findall(rf"(?:^|[\s(])({'|'.join(sections)})\.([a-z]\w*)(?=[=\s:,)]|$)", text):
         is_file = field in ("py", "json", "jsonl", "yaml", "txt")
         assert is_file or f"{section}.{field}" in known, f"{page.name}: there is no setting {section}.{field}"
 
