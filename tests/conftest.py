@@ -3,9 +3,9 @@
 import os
 
 import pytest
+from runs import run_settings, write_components, write_squares
 
 from proxt2i.training import distributed
-from runs import run_settings, write_components, write_squares
 
 
 @pytest.fixture(scope="session")

@@ -12,10 +12,10 @@ from pathlib import Path
 
 import psutil
 import pytest
+from runs import ROOT
 
 import launchers.status
 import launchers.train
-from runs import ROOT
 
 MISSING = [name for name in ("slurmctld", "slurmd", "munged", "sbatch", "srun") if not shutil.which(name, path=os.environ["PATH"] + ":/usr/sbin:/sbin")]
 

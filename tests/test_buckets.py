@@ -8,6 +8,8 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from runs import overrides
+from tiny_run import make_trainer
 
 from proxt2i.data.buckets import assign, make_buckets, parse_size
 from proxt2i.data.index import index_shards, picture_size
@@ -16,8 +18,6 @@ from proxt2i.data.order import BatchOrder, permutation
 from proxt2i.data.shards import ShardDataset
 from proxt2i.data.writing import write_samples
 from proxt2i.train import main
-from runs import overrides
-from tiny_run import make_trainer
 
 COUNTS = [23, 40, 0, 9, 2]                                    # samples a bucket: one is empty, one is smaller than a batch
 

@@ -11,9 +11,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from faulty_shards import assert_as_expected, die_of_seven, encoded, picture, read_result, write_faulty_shards
 from PIL import Image
 
-from faulty_shards import assert_as_expected, die_of_seven, encoded, picture, read_result, write_faulty_shards
 from proxt2i.curation import dedup, pictures
 from proxt2i.curation.__main__ import main, task_of
 from proxt2i.curation.config import load_curation

@@ -5,15 +5,15 @@ import json
 import numpy as np
 import pytest
 import torch
-from PIL import Image
-
 from faulty_shards import encoded, picture, read_result
+from PIL import Image
+from tiny_models import teach, write_aesthetic, write_qwen
+
 from proxt2i.curation.__main__ import main
 from proxt2i.curation.caption import Captioner, judge
 from proxt2i.curation.config import CaptionConfig, Curation, load_curation
 from proxt2i.curation.models import ClipHands, Scores, load_detector
 from proxt2i.curation.pictures import full_picture
-from tiny_models import teach, write_aesthetic, write_qwen
 
 CPU = torch.device("cpu")
 SMALL = ["filter.min_short=48", "write.held_out=0", "run.workers=1", "run.device=cpu", "--quiet"]

@@ -6,19 +6,8 @@ import pytest
 import torch
 
 from proxt2i.diffusion import (
-    PairSampler,
-    TimeSampler,
-    VPSchedule,
-    eps_from_prox,
-    expected_noise,
-    make_plan,
-    noised,
-    precondition,
-    prox_from_eps,
-    proximal_matching_loss,
-    sample,
-    sample_mse,
-    score_loss,
+    PairSampler, TimeSampler, VPSchedule, eps_from_prox, expected_noise, make_plan, noised, precondition, prox_from_eps,
+    proximal_matching_loss, sample, sample_mse, score_loss,
 )
 
 SCHEDULE = VPSchedule()

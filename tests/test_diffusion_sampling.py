@@ -7,23 +7,8 @@ import torch
 
 from proxt2i import ops
 from proxt2i.diffusion import (
-    PLANS,
-    SCORE_SAMPLERS,
-    VPSchedule,
-    ddim,
-    ddpm,
-    eps_from_prox,
-    euler_maruyama,
-    euler_ode,
-    guided,
-    make_plan,
-    prox_from_eps,
-    proximal,
-    sample,
-    sample_score,
-    score,
-    score_plan,
-    trajectory,
+    PLANS, SCORE_SAMPLERS, VPSchedule, ddim, ddpm, eps_from_prox, euler_maruyama, euler_ode, guided, make_plan, prox_from_eps,
+    proximal, sample, sample_score, score, score_plan, trajectory,
 )
 
 SCHEDULE = VPSchedule()

@@ -19,6 +19,7 @@ from runs import ROOT, BareRanks, assert_same_checkpoint, become_rank, overrides
 from tiny_run import weights
 
 
+
 @pytest.fixture(scope="module")
 def model(components, tmp_path_factory):
     """A model folder: a random U-ViT with the tiny components."""

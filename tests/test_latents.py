@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from runs import COLORS, BareRanks, assert_same_checkpoint, overrides, resumed_at, wait_for
 from torch import nn
 
 from proxt2i.config import load_config
@@ -25,7 +26,6 @@ from proxt2i.data.writing import write_samples
 from proxt2i.models.bundle import load_components
 from proxt2i.models.files import component_digests, weights_digest
 from proxt2i.training.feed import Feed
-from runs import COLORS, BareRanks, assert_same_checkpoint, overrides, resumed_at, wait_for
 
 BUCKETS = [(16, 32), (32, 32), (32, 16)]
 

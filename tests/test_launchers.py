@@ -8,6 +8,7 @@ import sys
 import time
 
 import pytest
+from runs import ROOT, overrides
 
 import launchers.array
 import launchers.evaluate
@@ -18,7 +19,6 @@ from launchers import items, job, slurm
 from launchers.record import History, images_reached
 from launchers.site import Site, load_site
 from proxt2i.training.slurm import adopt_slurm_ranks
-from runs import ROOT, overrides
 
 STEP = {"SLURM_STEP_ID": "1", "SLURM_JOB_ID": "4711", "SLURM_PROCID": "25", "SLURM_LOCALID": "1", "SLURM_NODEID": "3", "SLURM_STEP_NUM_TASKS": "28",
         "SLURM_STEP_TASKS_PER_NODE": "8(x3),4", "SLURM_STEP_NODELIST": "gpu[003-005,012]-ib,login1", "SLURM_NTASKS": "99"}  # fmt: skip

@@ -11,7 +11,10 @@ from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import CLIPTextConfig, CLIPTextModel, PreTrainedTokenizerFast, T5Config, T5EncoderModel
 
-from proxt2i.models import Bundle, LatentCodec, PixelSpace, Settings, TextEncoder, build_uvit, bundle, load_bundle, load_codec, load_components, save_bundle
+from proxt2i.models import (
+    Bundle, LatentCodec, PixelSpace, Settings, TextEncoder, build_uvit, bundle, load_bundle, load_codec,
+    load_components, save_bundle,
+)
 from proxt2i.models.files import atomic_folder
 
 WORDS = "a woman man with red hair glasses smiling and long".split()

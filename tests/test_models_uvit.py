@@ -4,7 +4,9 @@ import pytest
 import torch
 
 from proxt2i.diffusion import VPSchedule, precondition
-from proxt2i.models.uvit import LAMBDA_FLOOR, PRESETS, LongSkip, UViT2DModel, attention, build_uvit, resize_position_embedding
+from proxt2i.models.uvit import (
+    LAMBDA_FLOOR, PRESETS, LongSkip, UViT2DModel, attention, build_uvit, resize_position_embedding,
+)
 
 SMALL = dict(sample_size=8, in_channels=4, patch_size=2, embed_dim=32, depth=5, num_heads=4,
              text_dims=[6, 10], text_lengths=[3, 2])

@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 import scipy.stats
 import torch
-
 from op_cases import DEVICES, OPS, restore_cpu  # noqa: F401  (a fixture)
+
 from proxt2i import _C
 from proxt2i.ops import native, philox_normal, prox_step, step_row
 from proxt2i.ops.philox import box_muller, philox4x32_10, philox_words_ref

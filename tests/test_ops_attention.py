@@ -6,8 +6,8 @@ import math
 
 import pytest
 import torch
-
 from op_cases import OPS, restore_cpu  # noqa: F401
+
 from proxt2i import _C
 from proxt2i.ops import attention, native_available
 from proxt2i.ops.attention import HEAD_DIMS, _table, attention_ref, preferred, why_not_native

@@ -5,8 +5,8 @@ import math
 
 import pytest
 import torch
-
 from op_cases import DEVICES, EPS_DTYPES, OPS, SHAPES, restore_cpu, same_numbers_in_every_run  # noqa: F401  (fixtures)
+
 from proxt2i import _C
 from proxt2i.ops import guided_eps, philox_normal, transition_log_ratio
 

@@ -10,13 +10,13 @@ import pytest
 import torch
 from diffusers import DDIMScheduler
 from PIL import Image
+from runs import ROOT
 
 from proxt2i import ProximalScheduler, ProxT2IPipeline, sample
 from proxt2i.embedded import SHIPPED_MODEL
 from proxt2i.models.bundle import Bundle, Settings, load_bundle, load_components, save_bundle
 from proxt2i.models.uvit import build_uvit
 from proxt2i.pipeline import generate
-from runs import ROOT
 
 PROMPT, OTHER = "a smiling woman with long red hair and glasses", "a man with a beanie"
 

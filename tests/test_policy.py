@@ -6,7 +6,9 @@ import pytest
 import torch
 from torch.distributions import Normal
 
-from proxt2i.diffusion import VPSchedule, compare, guided, guided_output, make_plan, make_policy, prox_from_eps, rollout, sample, sample_score, score_plan
+from proxt2i.diffusion import (
+    VPSchedule, compare, guided, guided_output, make_plan, make_policy, prox_from_eps, rollout, sample, sample_score, score_plan,
+)
 from proxt2i.models.uvit import build_uvit
 from proxt2i.ops import philox_normal
 

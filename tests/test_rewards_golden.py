@@ -15,7 +15,8 @@ from safetensors.torch import save_file
 sys.path.insert(0, str(Path(__file__).parent / "rewards_vs_packages"))
 import cases  # noqa: E402
 
-from proxt2i.rewards import RewardSettings, aesthetic, clipscore, hpsv2, imagereward, load_reward, score  # noqa: E402  # noqa: E402
+from proxt2i.rewards import RewardSettings, load_reward, score  # noqa: E402
+from proxt2i.rewards import aesthetic, clipscore, hpsv2, imagereward  # noqa: E402
 from proxt2i.rewards.clip import clip_of_open_clip, load_clip_tokenizer  # noqa: E402
 
 CPU, FILE = torch.device("cpu"), Path(os.environ.get("PROXT2I_GOLDEN") or cases.GOLDEN)

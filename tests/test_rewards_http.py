@@ -9,13 +9,13 @@ from http.client import HTTPConnection
 
 import pytest
 import torch
+from runs import start
 
 from proxt2i.data.portraits import make_arrays
 from proxt2i.rewards import RewardError, RewardSettings, load_reward, score
 from proxt2i.rewards import http as client
 from proxt2i.rewards.http import HttpReward, decode, encode
 from proxt2i.rewards.serve import Worker, main
-from runs import start
 
 TOKEN = "only-for-these-tests"
 

@@ -3,22 +3,15 @@
 import math
 from itertools import pairwise
 
+import foreign
 import pytest
 import torch
 from diffusers import (
-    DDIMScheduler,
-    DDPMScheduler,
-    DPMSolverMultistepScheduler,
-    EDMEulerScheduler,
-    EulerDiscreteScheduler,
-    FlowMatchEulerDiscreteScheduler,
-    LCMScheduler,
-    StableDiffusionImg2ImgPipeline,
-    UniPCMultistepScheduler,
+    DDIMScheduler, DDPMScheduler, DPMSolverMultistepScheduler, EDMEulerScheduler, EulerDiscreteScheduler, FlowMatchEulerDiscreteScheduler, LCMScheduler,
+    StableDiffusionImg2ImgPipeline, UniPCMultistepScheduler,
 )
-
-import foreign
 from foreign import SCALED_LINEAR
+
 from proxt2i import ProximalScheduler
 from proxt2i.diffusion import VPSchedule, make_plan, precondition, trajectory
 from proxt2i.ops import philox_normal

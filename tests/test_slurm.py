@@ -7,9 +7,8 @@ import time
 from pathlib import Path
 
 import pytest
-
 from runs import BareRanks, assert_same_checkpoint, overrides
-from slurm_jobs import MISSING, Job, cluster, python, requeue, run_all, signals, slurm  # noqa: F401 (cluster is a fixture)
+from slurm_jobs import MISSING, Job, cluster, python, requeue, run_all, signals, slurm  # noqa: F401: cluster is a fixture
 
 pytestmark = pytest.mark.skipif(bool(MISSING), reason=f"no {', '.join(MISSING)} here: apt-get install slurm-wlm munge")
 LENGTH = dict(train__images=2400, train__log_every=80, train__checkpoint_every=800, train__threads=1, sample__every=0)

@@ -10,6 +10,8 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from runs import assert_same_checkpoint, start
+from tiny_run import ZERO2, make_trainer, weights
 
 from proxt2i.config import DiffusionConfig, OptimConfig, TrainConfig, load_config
 from proxt2i.diffusion import expected_noise, noised, proximal_matching_loss, score_loss
@@ -20,8 +22,7 @@ from proxt2i.training.checkpoint import check_intact
 from proxt2i.training.ema import EMA
 from proxt2i.training.objective import Objective
 from proxt2i.training.randomness import sample_seeds, uniforms
-from runs import assert_same_checkpoint, start
-from tiny_run import ZERO2, make_trainer, weights
+
 
 # -- one run ----------------------------------------------------------------------------------------------------------
 

@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from runs import ROOT, BareRanks, assert_same_checkpoint, become_rank, overrides
+from tiny_run import weights
 
 from proxt2i.config import load_config
 from proxt2i.export import main as export_main
@@ -14,8 +16,6 @@ from proxt2i.models.bundle import load_bundle
 from proxt2i.models.uvit import UViT2DModel
 from proxt2i.training import distributed
 from proxt2i.training.loop import Trainer
-from runs import ROOT, BareRanks, assert_same_checkpoint, become_rank, overrides
-from tiny_run import weights
 
 STAGES = ["zero1", "zero2", "zero3", "zero2_offload"]
 TOLERANCE = dict(rtol=1e-3, atol=5e-5)  # weights are about 0.02 and have moved by as much; sums over ranks run in another order

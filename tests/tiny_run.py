@@ -1,10 +1,11 @@
 """A tiny run in this process, for the tests of training."""
 
+from runs import ROOT, overrides
+
 from proxt2i.config import load_config
 from proxt2i.training import engine as engines
 from proxt2i.training.loop import Trainer
 from proxt2i.training.state import SavedState
-from runs import ROOT, overrides
 
 ZERO2 = ROOT / "configs" / "zero2.json"
 

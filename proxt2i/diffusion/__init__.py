@@ -6,11 +6,14 @@ from .policy import Policy, Rollout, compare, guided_output, make_policy, rollou
 from .precondition import precondition
 from .proximal import guidance_scales, guided, sample, trajectory
 from .schedule import VPSchedule
-from .score import SCORE_SAMPLERS, ScorePlan, TimeSampler, ddim, ddpm, eps_from_prox, euler_maruyama, euler_ode, prox_from_eps, sample_score, score_loss, score_plan
+from .score import (
+    SCORE_SAMPLERS, ScorePlan, TimeSampler, ddim, ddpm, eps_from_prox, euler_maruyama, euler_ode,
+    prox_from_eps, sample_score, score_loss, score_plan,
+)
 
 __all__ = [
     "LOSSES", "PLANS", "SCORE_SAMPLERS", "PairSampler", "Plan", "Policy", "Rollout", "ScorePlan", "TimeSampler", "VPSchedule",
     "compare", "ddim", "ddpm", "eps_from_prox", "euler_maruyama", "euler_ode", "expected_noise", "guidance_scales", "guided",
-    "guided_output", "make_plan", "make_policy", "noised", "pair_coefficients", "precondition", "prox_from_eps", "proximal_matching_loss",
-    "rollout", "sample", "sample_mse", "sample_score", "score_loss", "score_plan", "time_grid", "trajectory",
+    "guided_output", "make_plan", "make_policy", "noised", "pair_coefficients", "precondition", "prox_from_eps", "proximal_matching_loss", "rollout", "sample", "sample_mse", "sample_score",
+    "score_loss", "score_plan", "time_grid", "trajectory",
 ]

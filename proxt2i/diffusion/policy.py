@@ -115,7 +115,7 @@ def rollout(eps_fn: EpsFn, policy: Policy, shape: Sequence[int], seeds: Tensor |
             eps[i] = guided_eps(*outputs, guidance_scale, impl).to(store or y.device)
         return outputs
 
-    for i, state, result in policy.states(recording, shape, seeds, impl):  # noqa: B007 (the last result is used)
+    for i, state, result in policy.states(recording, shape, seeds, impl):
         if i in kept:
             states[i] = state.to(store or state.device)
     return Rollout(seeds, states, eps, result)

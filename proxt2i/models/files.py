@@ -58,7 +58,7 @@ def check_safetensors(path: Path) -> None:
                          "it is damaged or incomplete, copy or download it again") from None
 
 
-def check_loaded(folder: Path | str, info: dict) -> None:
+def check_loaded(folder: Path, info: dict) -> None:
     """ValueError when from_pretrained's loading info has parameters missing or of another shape."""
     problems = [f"{kind.split('_')[0]} {min(map(str, info[kind]))}" + (" and more" if len(info[kind]) > 1 else "")
                 for kind in ("missing_keys", "mismatched_keys") if info.get(kind)]

@@ -195,7 +195,7 @@ def _load_encoder(source: Path | str, dtype: torch.dtype) -> nn.Module:
     finally:
         if bar:
             logging_utils.enable_progress_bar()
-    check_loaded(source, info)
+    check_loaded(Path(source), info)
     return encoder
 
 

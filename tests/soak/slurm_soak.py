@@ -12,9 +12,8 @@ import signal
 import time
 
 import pytest
-
 from runs import BareRanks, assert_same_checkpoint, overrides
-from slurm_jobs import MISSING, Job, cluster, requeue, run_all, signals  # noqa: F401 (cluster is a fixture)
+from slurm_jobs import MISSING, Job, cluster, requeue, run_all, signals  # noqa: F401: cluster is a fixture
 
 pytestmark = pytest.mark.skipif(bool(MISSING), reason=f"no {', '.join(MISSING)} here: apt-get install slurm-wlm munge")
 MOMENTS = int(os.environ.get("MOMENTS", "10"))
