@@ -16,7 +16,7 @@ from proxt2i.grpo_config import GrpoConfig
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
-GENERATED = ("benchmarks/out", "proxt2i/ops/attention_table.json")
+GENERATED = ("benchmarks/out", "proxt2i/ops/attention_table.json", "proxt2i/_C")
 PLACEHOLDER = re.compile(r"NAME|DEVICE|DATE")
 FENCE = re.compile(r"^```(\w*)\n(.*?)^```", re.MULTILINE | re.DOTALL)
 each_page = pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
@@ -158,4 +158,5 @@ def test_the_site_shows_every_page():
     Loader.add_multi_constructor("tag:yaml.org,2002:python/", lambda *_: None)
     config = yaml.load((ROOT / "mkdocs.yml").read_text(), Loader)
     listed = set(re.findall(r"[\w-]+\.md", str(config["nav"]))) - {"index.md", "contributing.md", "changelog.md"}
-    assert listed == {page.name for page in (ROOT / "docs").glob("*.md")}, "mkdocs.yml's nav and the pages in docs/ differ"
+    missing = {page.name for page in (ROOT / "docs").glob("*.md")} - listed
+    assert not missing, f"mkdocs.yml's nav lacks {missing}"
