@@ -163,7 +163,7 @@ class ProxT2IPipeline(DiffusionPipeline):
         if tuple(callback_on_step_end_tensor_inputs) != ("latents",):
             raise ValueError("callback_on_step_end_tensor_inputs: only 'latents' can be asked for")
         own = latent_size(bundle)
-        size = tuple(side or of_model * bundle.codec.factor for side, of_model in zip((height, width), own))
+        size = (height or own[0] * bundle.codec.factor, width or own[1] * bundle.codec.factor)
         latent_size(bundle, size)
         steps = plan_of(bundle.settings, num_inference_steps)
         guidance_scale, guidance_below = guidance_of(bundle.settings, guidance_scale, guidance_below)

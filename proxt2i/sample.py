@@ -107,11 +107,9 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def run(args: argparse.Namespace, prompts: list[str]) -> int:
-    import torch
-
+    from .embedded import SHIPPED_MODEL
     from .images import grid, save_png, to_pil
     from .models.bundle import load_bundle
-    from .embedded import SHIPPED_MODEL
     from .pipeline import generate, guidance_of, latent_size, pick_device, plan_of
 
     device = pick_device(args.device)

@@ -132,7 +132,7 @@ def guidance_scales(times: Sequence[float], scale: float, below: float = 1.0) ->
 
 def evaluate(eps_fn: EpsFn, y: Tensor, t: float, lam: float, guidance_scale: float) -> tuple[Tensor, Tensor | None]:
     """eps_fn at one (t, lam) for the whole batch; ValueError when its branches do not fit guidance_scale."""
-    eps_cond, eps_uncond = eps_fn(y, *(y.new_full(y.shape[:1], v) for v in (t, lam)), guidance_scale)
+    eps_cond, eps_uncond = eps_fn(y, *(y.new_full(y.shape[:1], v) for v in (t, lam)), guidance_scale)  # type: ignore[call-arg]
     if (eps_uncond is None) != (guidance_scale == 1):
         given = "no unconditional eps" if eps_uncond is None else "an unconditional eps"
         raise ValueError(f"eps_fn returned {given} for guidance_scale={guidance_scale}")

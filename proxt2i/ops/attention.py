@@ -48,7 +48,7 @@ def attention(qkv: torch.Tensor, *, key_lengths: torch.Tensor | None = None, num
         raise ValueError(f"num_queries={num_queries} must lie in 0 ... {tokens}, the number of tokens")
     if key_lengths is not None and (key_lengths.dtype != torch.int64 or tuple(key_lengths.shape) != (batch,)):
         raise ValueError(f"key_lengths must be int64 [{batch}], not {key_lengths.dtype} {list(key_lengths.shape)}")
-    if (q_weight is None) != (k_weight is None) or (q_weight is not None and not q_weight.shape == k_weight.shape == qkv.shape[-1:]):
+    if (q_weight is None) != (k_weight is None) or (q_weight is not None and k_weight is not None and not q_weight.shape == k_weight.shape == qkv.shape[-1:]):
         raise ValueError(f"q_weight and k_weight must both be given with shape [{qkv.shape[-1]}], or neither")
     if impl not in IMPLS:
         raise ValueError(f"impl must be one of {IMPLS}, not {impl!r}")

@@ -13,8 +13,7 @@ threads and with any instruction set.
 
 import torch
 
-from proxt2i.ops.checks import check_batch, check_like, check_per_image, elements_per_image, network_output, rows, state_dtype, \
-    without_second_derivative
+from proxt2i.ops.checks import check_batch, check_like, check_per_image, elements_per_image, network_output, rows, state_dtype, without_second_derivative
 from proxt2i.ops.native import native_available, use_native
 from proxt2i.ops.philox import philox_normal_ref
 

@@ -64,7 +64,8 @@ def prox_step(y: torch.Tensor, eps_cond: torch.Tensor, eps_uncond: torch.Tensor 
         raise ValueError("b != 0 needs noise or seeds")
     args = (y, eps_cond, eps_uncond, clean, noise, seeds, row, want_x, want_next, want_clean)
     outputs = torch.ops.proxt2i.prox_step(*args) if use_native(impl, y.device) else prox_step_ref(*args)
-    return tuple(value if wanted else None for value, wanted in zip(outputs, args[-3:]))
+    x, y_next, clean_next = (value if wanted else None for value, wanted in zip(outputs, args[-3:]))
+    return x, y_next, clean_next
 
 
 def prox_step_ref(y, eps_cond, eps_uncond, clean, noise, seeds, row, want_x, want_next, want_clean):
