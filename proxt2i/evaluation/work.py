@@ -22,7 +22,7 @@ PORTRAITS = "portraits"  # in place of a prompts file, or of a feature model
 GROWS = ("models", "rewards", "features")  # of about.json: what a later command may add to
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)  # is itself alone: settings cannot be hashed
 class Model:
     label: str  # short name in tables
     folder: Path
@@ -154,9 +154,10 @@ def _models(folders: list[Path], size: tuple[int, int] | None) -> list[Model]:
     models = []
     for folder, label in zip(resolved, labels(resolved)):
         components = find_components(folder)
-        config, factor = check_component(folder / "uvit"), codec_sizes(components)[1]
-        side = config["sample_size"] * factor
-        step = factor * config["patch_size"]
+        config, factor = {"patch_size": 2, **check_component(folder / "uvit")}, codec_sizes(components)[1]
+        if not isinstance(config.get("sample_size"), int) or not isinstance(config["patch_size"], int):
+            raise ValueError(f"{folder / 'uvit' / 'config.json'} describes no U-ViT: it gives no sample_size")
+        side, step = config["sample_size"] * factor, factor * config["patch_size"]
         if size and (min(size) < step or any(n % step for n in size)):
             raise ValueError(f"--size {size[0]}x{size[1]}: height and width must be multiples of {step} pixels for {label}")
         names = encoder_names(components)
