@@ -36,8 +36,9 @@ def check_folder(evaluation: Evaluation) -> dict:
     out, mine = evaluation.out, evaluation.about()
     if out.exists() and not out.is_dir():
         raise ValueError(f"--out {out}: is a file; name a folder")
-    if not (out / ABOUT).exists():
-        if out.exists() and any(not path.name.startswith(".") and path.name != "launch" for path in out.iterdir()):
+    strangers = out.exists() and any(not path.name.startswith(".") and path.name not in ("launch", ABOUT) for path in out.iterdir())
+    if not (out / ABOUT).exists():  # asked after the listing: another rank may be beginning
+        if strangers:
             raise ValueError(f"--out {out}: is not empty, and holds no evaluation with prompts; choose another folder")
         return mine
     try:

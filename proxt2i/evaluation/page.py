@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import io
+import textwrap
 import time
 from pathlib import Path
 
@@ -140,12 +141,12 @@ def sheet(pictures: list[list[Image.Image]], prompts: list[str], names: list[str
     cells = [[_fitted(picture, SHEET_SIDE) for picture in line] for line in pictures]
     width, height = (max(cell.size[i] for line in cells for cell in line) for i in (0, 1))
     font, gap, band = ImageFont.load_default(12), 6, 20
-    head = band * max(1, max(-(-len(name) * 7 // width) for name in names))
+    titles = [textwrap.wrap(name, max(4, width // 7)) for name in names]
+    head = band * max(map(len, titles))
     result = Image.new("RGB", (gap + len(names) * (width + gap), gap + head + len(cells) * (height + band + gap)), "white")
     pen = ImageDraw.Draw(result)
-    letters = max(4, width // 7)
-    for c, name in enumerate(names):
-        pen.multiline_text((gap + c * (width + gap), gap), "\n".join(name[i:i + letters] for i in range(0, len(name), letters)), fill="black", font=font)
+    for c, title in enumerate(titles):
+        pen.multiline_text((gap + c * (width + gap), gap), "\n".join(title), fill="black", font=font)
     for r, line in enumerate(cells):
         top = gap + head + r * (height + band + gap)
         most = max(8, (result.width - 2 * gap) // 7)

@@ -18,7 +18,7 @@ from proxt2i import __version__
 from proxt2i.data.writing import write_atomically
 from proxt2i.embedded.judge import frechet_distance
 from proxt2i.evaluation import draw, folder
-from proxt2i.evaluation.statistics import RESAMPLES, difference, group_means, mean_and_interval, numbered
+from proxt2i.evaluation.statistics import FEW, LEVEL, RESAMPLES, difference, group_means, mean_and_interval, numbered
 from proxt2i.evaluation.work import Evaluation, Sampler, reward_settings
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -131,7 +131,7 @@ def provenance(evaluation: Evaluation, made_with: list[dict], reference) -> dict
         "prompts": {"source": evaluation.prompts.source, "sha256": evaluation.prompts.sha256, "number": len(evaluation.prompts.prompts)},
         "seed": evaluation.seed, "images_per_prompt": evaluation.images_per_prompt, "batch_size": evaluation.batch_size, "dtype": evaluation.dtype,
         "size": list(evaluation.size or evaluation.samplers[0].model.size), "models": {m.label: {"folder": str(m.folder), "sha256": m.sha256} for m in evaluation.models},
-        "rewards": {r.key: reward_settings(r) for r in evaluation.rewards}, "features": features, "bootstrap": {"resamples": RESAMPLES, "seed": 0, "level": 0.95},
+        "rewards": {r.key: reward_settings(r) for r in evaluation.rewards}, "features": features, "bootstrap": {"resamples": RESAMPLES, "seed": 0, "level": LEVEL},
         "made_with": made_with, "versions": versions(), "git_commit": git_commit(),
     }  # fmt: skip
 
@@ -160,8 +160,6 @@ def git_commit() -> str | None:
 
 def _notes(evaluation: Evaluation, reference, bad: list[str], made_with: dict, groups: np.ndarray) -> list[str]:
     """What a reader of the figures should know."""
-    from proxt2i.evaluation.statistics import FEW
-
     notes = []
     number = len(np.unique(groups))
     if number < FEW:
@@ -175,8 +173,10 @@ def _notes(evaluation: Evaluation, reference, bad: list[str], made_with: dict, g
         notes.append("The pictures were drawn by different versions of torch or devices, see made_with.")
     if evaluation.prompts.ignored:
         notes.append(f"Fields of the prompts file that mean nothing here: {', '.join(evaluation.prompts.ignored)}.")
-    ranks = {entry["ranks"] for sampler in evaluation.samplers if (entry := draw.latency(evaluation, sampler))}
-    if ranks - {1}:
+    speeds = [entry for sampler in evaluation.samplers if (entry := draw.latency(evaluation, sampler))]
+    if len(devices := list(dict.fromkeys(entry["device"] for entry in speeds))) > 1:
+        notes.append(f"Times were measured on {'; '.join(devices)}: delete the latency.json in samplers/ and start again to have them from one device.")
+    if any(entry["ranks"] > 1 for entry in speeds):
         notes.append("Times were measured on rank 0 while other ranks worked: on shared CPUs they are too long.")
     if any(p.negative for p in evaluation.prompts.prompts) and any(s.guidance == 1 for s in evaluation.samplers):
         notes.append("Guidance 1 does not look at negative prompts.")

@@ -49,7 +49,7 @@ def mean_and_interval(values: np.ndarray) -> dict:
 def difference(a: np.ndarray, b: np.ndarray) -> dict:
     """a - b of two samplers on the same prompts, per-prompt values [G] each: mean, interval, share of prompts where a is higher (equal: half)."""
     found = mean_and_interval(a - b)
-    return found | {"wins": float(((a > b) + 0.5 * (a == b)).mean()), "clear": found["low"] is not None and (found["low"] > 0 or found["high"] < 0)}
+    return found | {"wins": float(((a > b) + 0.5 * (a == b)).mean()), "excludes_zero": found["low"] is not None and (found["low"] > 0 or found["high"] < 0)}
 
 
 def numbered(keys: Sequence) -> np.ndarray:

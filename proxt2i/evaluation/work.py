@@ -19,6 +19,8 @@ from proxt2i.pipeline import guidance_of, plan_of
 from proxt2i.rewards.base import RewardSettings, settings_of, settings_of_arguments
 
 PORTRAITS = "portraits"  # in place of a prompts file, or of a feature model
+COLUMNS = ("sampler", "model", "model_sha256", "plan", "steps", "guidance", "guidance_below", "prompt_number", "image", "seed", "prompt", "negative_prompt", "category", "dtype",
+           "frechet_distance", "pictures", "ms_per_image", "peak_memory_mib", "device", "num_prompts", "prompts_sha256", "images_per_prompt", "torch", "proxt2i", "git_commit")  # fmt: skip
 GROWS = ("models", "rewards", "features")  # of about.json: what a later command may add to
 
 
@@ -133,6 +135,9 @@ def make_evaluation(args: argparse.Namespace) -> Evaluation:
         rewards = settings_of_arguments(args)
     else:
         rewards = settings_of([PORTRAITS]) if of_portraits else []
+    for reward in rewards:
+        if reward.key in COLUMNS:
+            raise ValueError(f"a reward cannot be called {reward.key}, which is a column of the tables: give it another label")
     models = _models(args.model or [SHIPPED_MODEL], args.size)
     samplers = _samplers(models, args)
     for model in models if not args.cut_long else []:
