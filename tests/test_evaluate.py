@@ -142,6 +142,7 @@ def test_the_same_prompt_with_seeds_of_its_own_is_one_prompt_to_the_statistics(t
     (["--rewards", "jpeg_compressibility", "--size", "60x60"], "must be multiples of 16 pixels"),
     (["--rewards", "jpeg_compressibility", "--model", "nowhere"], "nowhere does not exist"),
     (["--rewards", "jpeg_compressibility", "--batch-size", "0"], "--batch-size 0"),
+    (["--rewards", "jpeg_compressibility", "--num-prompts", "0"], "--num-prompts 0"),
     (["--fd-model", "nowhere"], "--fd-model needs --reference"),
     (["--reference", "nowhere"], "--reference nowhere: no such folder"),
     (["--reference", str(ASSETS / "judge")], "holds 0 pictures"),

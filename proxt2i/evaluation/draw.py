@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import logging
 import platform
 import statistics
 import sys
@@ -26,7 +25,6 @@ from proxt2i.models.bundle import Bundle, load_bundle
 from proxt2i.pipeline import sample_latents
 from proxt2i.rewards.base import DTYPES, Reward, score
 
-log = logging.getLogger(__name__)
 REFERENCE_UNIT = 64  # pictures
 
 

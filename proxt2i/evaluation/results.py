@@ -101,7 +101,7 @@ def _table(evaluation: Evaluation, scores: dict[Sampler, dict[str, np.ndarray]],
             columns.setdefault(key, []).extend(values)
     types = {"category": pa.string(), **{reward.key: pa.float32() for reward in evaluation.rewards}}
     table = pa.table({key: pa.array(values, types.get(key)) for key, values in columns.items()})
-    return table.replace_schema_metadata({"proxt2i": json.dumps({key: value for key, value in about.items() if key != "command"})})
+    return table.replace_schema_metadata({"proxt2i": json.dumps(about)})
 
 
 def _differences(evaluation: Evaluation, means: dict) -> list[dict]:

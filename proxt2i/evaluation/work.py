@@ -123,7 +123,7 @@ def is_portraits_model(folder: Path) -> bool:
 
 def make_evaluation(args: argparse.Namespace) -> Evaluation:
     """ValueError, naming flag, file and fix, for all that can be wrong and be seen without loading weights."""
-    for flag, value in (("--batch-size", args.batch_size), ("--images-per-prompt", args.images_per_prompt), ("--num-prompts", args.num_prompts or 1)):
+    for flag, value in (("--batch-size", args.batch_size), ("--images-per-prompt", args.images_per_prompt), ("--num-prompts", 1 if args.num_prompts is None else args.num_prompts)):
         if value < 1:
             raise ValueError(f"{flag} {value}: must be at least 1")
     if min(args.latency_runs, args.grid) < 0:
