@@ -135,7 +135,8 @@ def run(args: argparse.Namespace) -> None:
     rank, world, local = ranks()
     if world > 1 and "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE") or world)))
-    device = pick_device(args.device or (f"cuda:{local}" if torch.cuda.device_count() > 1 else None))
+    own = f"cuda:{local}" if torch.cuda.device_count() > 1 else None  # Slurm may show a rank its GPU alone
+    device = pick_device(own if args.device in (None, "cuda") and own else args.device)
     evaluation = make_evaluation(args)
     folder.check_folder(evaluation)
     rewards = [load_reward(settings, device) for settings in evaluation.rewards]  # missing weights are said before anything is drawn

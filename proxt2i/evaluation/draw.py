@@ -137,7 +137,12 @@ def latency(evaluation: Evaluation, sampler: Sampler) -> dict | None:
 def device_name(device: torch.device) -> str:
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
-    return f"{platform.processor() or platform.machine()} CPU, {torch.get_num_threads()} thread(s)"
+    try:
+        with open("/proc/cpuinfo") as file:
+            name = next(line.partition(":")[2].strip() for line in file if line.startswith("model name"))
+    except (OSError, StopIteration):
+        name = platform.machine() or "CPU"
+    return f"{name}, {torch.get_num_threads()} thread(s)"
 
 
 def reset_peak_memory(device: torch.device) -> None:
