@@ -55,7 +55,7 @@ class ProxT2IPipeline(DiffusionPipeline):
                 encoder.to(uvit.dtype)  # transformers loads what the file holds
         self.register_modules(uvit=uvit, scheduler=scheduler, text_encoder=text_encoder, tokenizer=tokenizer,
                               text_encoder_2=text_encoder_2, tokenizer_2=tokenizer_2, vae=vae)
-        self._network = None
+        self._network: CudaGraphs | None = None
         bundle = self.bundle
         check_fit(bundle.uvit, bundle.text, bundle.codec, "this pipeline")
         self._interrupt = False

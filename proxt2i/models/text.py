@@ -82,13 +82,7 @@ class TextEncoder(nn.Module):
 
     def unheard(self, caption: str) -> str:
         """The end of the caption that no encoder is shown because it is too long; "" when one hears all of it."""
-        ends = []
-        for tokenizer, length in zip(self.tokenizers, self.lengths):
-            ids = tokenizer(caption, verbose=False)["input_ids"]
-            if len(ids) <= length:
-                return ""
-            ends.append(tokenizer.decode(ids[length - 1:-1]))  # the last place is that of the end token
-        return min(ends, key=len)
+        return _unheard(self.tokenizers, self.lengths, caption)
 
     def warn_unheard(self, prompts: list[str]) -> None:
         """Log what of each prompt no encoder is shown."""
@@ -143,6 +137,22 @@ def encoder_names(folder: Path | str) -> list[str]:
 def cut_captions(folder: Path | str, captions: list[str]) -> list[bool]:
     """`truncated` of the TextEncoder in a folder, without loading weights. Raises ValueError as loading would."""
     return _cut([_load_tokenizer(tokenizer) for tokenizer, _ in _sources(folder)], text_sizes(folder)[1], captions)
+
+
+def unheard_ends(folder: Path | str, captions: list[str]) -> list[str]:
+    """`unheard` of the TextEncoder in a folder, for each caption, without loading weights. Raises ValueError as loading would."""
+    tokenizers, lengths = [_load_tokenizer(tokenizer) for tokenizer, _ in _sources(folder)], text_sizes(folder)[1]
+    return [_unheard(tokenizers, lengths, caption) for caption in captions]
+
+
+def _unheard(tokenizers: list, lengths: list[int], caption: str) -> str:
+    ends = []
+    for tokenizer, length in zip(tokenizers, lengths):
+        ids = tokenizer(caption, verbose=False)["input_ids"]
+        if len(ids) <= length:
+            return ""
+        ends.append(tokenizer.decode(ids[length - 1:-1]))  # the last place is that of the end token
+    return min(ends, key=len)
 
 
 def _cut(tokenizers: list, lengths: list[int], captions: list[str]) -> list[bool]:
