@@ -6,7 +6,8 @@
     y'  = a x + b z + m (D - D'),  z ~ N(0, I)          the state that the next prox sees; D' is D of the step before
 
 The native kernels (csrc/cpu and csrc/cuda) draw z inside the pass; `prox_step_ref` is the same in plain torch. The numbers (w,
-sqrt(lambda), ...) are read from a float64 row in the memory of the device, so that one captured CUDA graph serves every row of a plan, and every image of a batch may be at a step of its own.
+sqrt(lambda), ...) are read from a float64 row in the memory of the device, so that one captured CUDA graph serves every row of a plan, and
+every image of a batch may be at a step of its own.
 """
 
 from collections.abc import Sequence
