@@ -64,7 +64,7 @@ class Inspection:
     size: tuple[int, int] | None = None  # (width, height), upright
     repairs: int = 0  # bits, see REPAIRS
     sha256: bytes = b""  # of the image file
-    phash: int = 0  # 64-bit perceptual hash
+    hashes: np.ndarray | None = None  # uint64 [2, 3]: of the picture and of its mirror image, see perceptual_hashes
     thumb: bytes = b""  # uint8 [8, 8, 3]
     hands: int = -1  # as the JSON says: 1 yes, 0 no, -1 it does not say
     caption: str = ""
@@ -344,21 +344,40 @@ def describe(image: Image.Image, found: Inspection, crop: int) -> None:
             found.crop = np.asarray(upright(ImageOps.fit(rgb, (crop, crop), Image.Resampling.BICUBIC), turn))
     except Exception as error:  # conversions of odd modes
         raise Unusable("image cannot be decoded") from error
-    found.phash = perceptual_hash(small)
+    found.hashes = perceptual_hashes(small)
     found.thumb = small.reshape(THUMB, SMALL // THUMB, THUMB, SMALL // THUMB, 3).mean((1, 3)).round().astype(np.uint8).tobytes()
 
 
 _COSINES = np.cos(np.pi / SMALL * (np.arange(SMALL) + 0.5) * np.arange(8)[:, None])  # float64 [8, 32]: the lowest rows of the DCT-II
 _LUMA = np.array([0.299, 0.587, 0.114])
+_ZIGZAG = np.array(sorted(range(64), key=lambda i: (i // 8 + i % 8, i)))  # low frequencies first
+_MIRROR = np.where(np.arange(64)[_ZIGZAG] % 2, -1.0, 1.0)  # sign of each coefficient in the mirror image
+BANDS = 4  # of 16 bits each; the first has the lowest frequencies, which change least
+UNSURE = 2  # bits a band
+_EDGES = np.linspace(0, SMALL, 10)
+_COLUMNS = np.clip(np.minimum(np.arange(SMALL)[:, None] + 1, _EDGES[1:]) - np.maximum(np.arange(SMALL)[:, None], _EDGES[:-1]), 0, None)  # [32, 9]: overlaps
 
 
-def perceptual_hash(small: np.ndarray) -> int:
-    """uint8 [32, 32, 3] -> 64 bits: which of the 8x8 lowest DCT coefficients of the luma lie above their median (pHash; without the mean's own)."""
-    coefficients = _COSINES @ (small @ _LUMA) @ _COSINES.T
-    flat = coefficients.ravel()
-    bits = flat > np.median(flat[1:])
-    bits[0] = False
-    return int.from_bytes(np.packbits(bits).tobytes(), "big")
+def perceptual_hashes(small: np.ndarray) -> np.ndarray:
+    """uint8 [32, 32, 3] -> uint64 [2, 3], of the picture and of its mirror image: (pHash, its unsure bits, difference hash).
+
+    pHash: bit i tells whether coefficient i of the 8x8 lowest ones of the luma's DCT lies above their median (bit 0, the mean's, is 0). Unsure
+    are the two bits of each 16 whose coefficients lie nearest to the median: what scaling and compression turn over first. The difference
+    hash tells for 8x8 places whether the luma grows to the right.
+    """
+    luma = small @ _LUMA
+    coefficients = (_COSINES @ luma @ _COSINES.T).ravel()[_ZIGZAG]
+    rows = luma.reshape(8, SMALL // 8, SMALL).mean(1) @ _COLUMNS
+    hashes = []
+    for mirrored in (False, True):
+        values = coefficients * _MIRROR if mirrored else coefficients
+        values = values - np.median(values[1:])
+        values[0] = -np.inf
+        unsure = np.zeros((BANDS, 64 // BANDS), bool)
+        np.put_along_axis(unsure, np.abs(values).reshape(BANDS, -1).argsort(1, kind="stable")[:, :UNSURE], True, 1)
+        growing = np.diff(rows[:, ::-1] if mirrored else rows) > 0
+        hashes.append([np.packbits(bits.ravel(), bitorder="little").view("<u8")[0] for bits in (values > 0, unsure, growing)])
+    return np.array(hashes, np.uint64)
 
 
 # -- the picture itself, for captions and for writing -----------------------------------------------------------------

@@ -41,7 +41,7 @@ HISTOGRAMS = {  # name -> edges of its bins
 
 def record_dtype(key_bytes: int) -> np.dtype:
     """One sample that a scan has let through."""
-    return np.dtype([("key", f"S{max(1, key_bytes)}"), ("extension", "S4"), ("spans", "<i8", (3, 3)), ("sha256", "u1", (32,)), ("phash", "<u8"),
+    return np.dtype([("key", f"S{max(1, key_bytes)}"), ("extension", "S4"), ("spans", "<i8", (3, 3)), ("sha256", "u1", (32,)), ("hashes", "<u8", (2, 3)),
                      ("key_hash", "<u8"), ("width", "<i4"), ("height", "<i4"), ("thumb", "u1", (192,)), ("repairs", "u1"), ("score", "<f4"), ("hands", "i1")])
 
 
@@ -221,7 +221,7 @@ def _write_scan(run: Run, unit: Unit, stamp: str, listing: Listing, found: list[
         key = raw.key.encode(errors="surrogateescape")
         row["key"], row["extension"], row["spans"] = key, raw.extension, [span or (-1, -1, -1) for span in raw.spans]
         row["sha256"], row["thumb"] = np.frombuffer(one.sha256, np.uint8), np.frombuffer(one.thumb, np.uint8)
-        row["phash"], row["key_hash"] = one.phash, int.from_bytes(hashlib.sha256(key).digest()[:8], "little")
+        row["hashes"], row["key_hash"] = one.hashes, int.from_bytes(hashlib.sha256(key).digest()[:8], "little")
         row["width"], row["height"] = one.size
         row["repairs"], row["score"], row["hands"] = one.repairs, one.score, one.hands
     dropped: dict[str, int] = {}
@@ -280,7 +280,7 @@ def find_duplicates(run: Run) -> dict:
                 yield number, records_of(run, marker)
                 bar.update(marker["records"])
 
-        found = dedup.find_duplicates(samples(), run.out / "work" / "dedup.sqlite", exact=c.exact, near=c.near, distance=c.distance, color=c.color,
+        found = dedup.find_duplicates(samples(), run.out / "work" / "dedup.sqlite", exact=c.exact, near=c.near, distance=c.distance, color=c.color, mirrored=c.mirrored,
                                       placeholder_repeats=run.config.filter.placeholder_repeats)
     starts = np.cumsum([0, *counts])
     parts = []

@@ -123,7 +123,7 @@ def _sample(run: Run, unit: int, files: Files, record, line: dict, buckets, abou
     repairs = [name for bit, name in enumerate(REPAIRS) if record["repairs"] >> bit & 1]
     ours = {"key": key, "caption": caption, "original_caption": original, "width": width, "height": height, "aspect_ratio": round(width / height, 4), "bucket": bucket,
             "score": round(float(record["score"]), 4) if np.isfinite(record["score"]) else None, "hands": {1: True, 0: False}.get(hands),
-            "sha256": record["sha256"].tobytes().hex(), "phash": f"{int(record['phash']):016x}", "repaired": repairs,
+            "sha256": record["sha256"].tobytes().hex(), "phash": f"{int(record['hashes'][0, 0]):016x}", "repaired": repairs,
             "source": f"{run.units[unit].name}/{raw.key}".encode(errors="backslashreplace").decode(), "metadata": metadata}
     about["samples"] += 1
     about["buckets"][bucket] = about["buckets"].get(bucket, 0) + 1
