@@ -76,9 +76,13 @@ class Unusable(Exception):
     """Why a sample is dropped."""
 
 
-def inspect_chunk(chunk: Chunk) -> list[Inspection]:
-    with Files(chunk.files) as files:
-        return [inspect(files, raw, chunk.rules) for raw in chunk.samples]
+def inspect_chunk(chunk: Chunk) -> list[Inspection] | OSError:
+    """An OSError is a result here: it concerns the shard, not the run."""
+    try:
+        with Files(chunk.files) as files:
+            return [inspect(files, raw, chunk.rules) for raw in chunk.samples]
+    except OSError as error:
+        return error
 
 
 def crashed(chunk: Chunk) -> list[Inspection]:
@@ -414,14 +418,21 @@ class Shown:
     max_pixels: int
 
 
-def show_chunk(chunk: Shown) -> list[np.ndarray]:
-    """uint8 [H, W, 3] of each."""
+def show_chunk(chunk: Shown) -> list[np.ndarray] | OSError:
+    """uint8 [H, W, 3] of each; an OSError as in inspect_chunk."""
+    try:
+        with Files(chunk.files) as files:
+            return _show(files, chunk)
+    except OSError as error:
+        return error
+
+
+def _show(files: Files, chunk: Shown) -> list[np.ndarray]:
     arrays = []
-    with Files(chunk.files) as files:
-        for span in chunk.spans:
-            image = full_picture(files.read(span), chunk.max_pixels, round((1.5 * chunk.shown_pixels) ** 0.5))
-            scale = (1.5 * chunk.shown_pixels / (image.width * image.height)) ** 0.5
-            if scale < 1:
-                image = image.resize((max(1, round(image.width * scale)), max(1, round(image.height * scale))), Image.Resampling.BICUBIC)
-            arrays.append(np.asarray(image))
+    for span in chunk.spans:
+        image = full_picture(files.read(span), chunk.max_pixels, round((1.5 * chunk.shown_pixels) ** 0.5))
+        scale = (1.5 * chunk.shown_pixels / (image.width * image.height)) ** 0.5
+        if scale < 1:
+            image = image.resize((max(1, round(image.width * scale)), max(1, round(image.height * scale))), Image.Resampling.BICUBIC)
+        arrays.append(np.asarray(image))
     return arrays

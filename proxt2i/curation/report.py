@@ -6,6 +6,7 @@ import base64
 import io
 import json
 import platform
+import shutil
 from collections import Counter
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -23,7 +24,7 @@ from proxt2i.curation import pictures, state
 from proxt2i.curation.run import HISTOGRAMS, SPLITS, Run, captioned, dedup_marker, deduplicated, records_of, scanned
 from proxt2i.curation.sources import IMAGE
 from proxt2i.curation.write import plan, shard_inputs, written
-from proxt2i.data.index import index_shards, write_atomically
+from proxt2i.data.index import check_line, write_atomically
 from proxt2i.report_plots import COLORS, STYLE, _svg
 
 TEMPLATES = Path(__file__).parent
@@ -46,10 +47,7 @@ def merge(run: Run) -> dict:
     state.remove_leftovers(run.out, 0.0)
     _remove_stale(run, shards)
     for split in SPLITS:
-        samples = sum(part["samples"] for part in parts if part["split"] == split)
-        found = len(index_shards(run.out / split)) if samples else 0
-        if found != samples:
-            raise RuntimeError(f"{run.out / split} should hold {samples:,} samples, and its index has {found:,}: remove work/write and start again")
+        _write_index(run, split, [part for part in parts if part["split"] == split])
     duplicates = dedup_marker(run, markers)
     manifest = _manifest(run, markers, duplicates, captions, parts)
     write_atomically(run.out / "manifest.json", json.dumps(manifest, indent=1) + "\n")
@@ -61,12 +59,32 @@ def merge(run: Run) -> dict:
     return manifest
 
 
+def _write_index(run: Run, split: str, parts: list[dict]) -> None:
+    """The trainer's index of a split, put together from those of its shards, a shard at a time. RuntimeError if it has not the samples that were written."""
+    if not parts:
+        return
+    with state.whole_file(run.out / split / "index.jsonl") as file:
+        for part in parts:
+            path = run.out / split / f"{part['number']:05d}.tar"
+            try:
+                line, found = check_line((run.out / "work" / "write" / f"{split}-{path.stem}.index").read_text(), path)
+            except (OSError, ValueError, KeyError):
+                found = -1
+            if found != part["samples"]:
+                raise RuntimeError(f"{path} should hold {part['samples']:,} samples, and its index has not: remove {run.out / 'work' / 'write'} and start again")
+            file.write(line.encode())
+
+
 def _remove_stale(run: Run, shards) -> None:
     """Shards and unit results of an earlier state of the input."""
     wanted = {run.out / split / f"{number:05d}.tar" for split, number, _ in shards} | {run.out / "work" / "write" / f"{split}-{number:05d}.json" for split, number, _ in shards}
-    for path in [path for split in SPLITS for path in (run.out / split).glob("*.tar")] + list((run.out / "work" / "write").glob("*.json")):
-        if path not in wanted:
+    for path in [path for split in SPLITS for path in (run.out / split).glob("*.tar")] + list((run.out / "work" / "write").iterdir()):
+        if path.with_suffix(".tar" if path.suffix == ".tar" else ".json") not in wanted:
             path.unlink()
+    for split in SPLITS:
+        if split not in {shard[0] for shard in shards}:
+            (run.out / split / "index.jsonl").unlink(missing_ok=True)
+    shutil.rmtree(run.out / "work" / "failed", ignore_errors=True)
     names = {unit.name for unit in run.units}
     for stage in ("scan", "dedup", "caption"):
         for path in (run.out / "work" / stage).iterdir():
