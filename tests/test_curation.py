@@ -2,7 +2,9 @@
 
 import io
 import json
+import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -149,6 +151,23 @@ def test_only_what_depends_on_a_change_is_made_again(faulty, tmp_path, capsys):
     capsys.readouterr()
     next((out / "work" / "scan").glob("*.npy")).write_bytes(b"")  # a damaged result is made again
     assert curate(shards, out, *SMALL, "run.workers=1") == 0
+
+
+def test_a_shard_that_cannot_be_read_is_tried_again_and_named_and_the_others_go_on(faulty, curated, tmp_path, capsys, monkeypatch):
+    """Reading /proc/self/mem at its beginning is an I/O error, of the kind that a bad disk gives."""
+    monkeypatch.setattr("proxt2i.curation.run.PAUSE_S", 0.05)
+    shards, out, record = tmp_path / "shards", tmp_path / "out", tmp_path / "out" / "work" / "failed" / "scan-00005.json"
+    shutil.copytree(faulty[0], shards, copy_function=os.link)
+    (shards / "00005.tar").unlink()
+    (shards / "00005.tar").symlink_to("/proc/self/mem")
+    assert curate(shards, out, *SMALL, "run.workers=1") == 2
+    said = capsys.readouterr().err
+    assert "1 shards could not be treated after 3 tries" in said and "00005: [Errno 5]" in said
+    assert len(list((out / "work" / "scan").glob("*.npy"))) == 7 and json.loads(record.read_text())["shard"] == "00005"
+    (shards / "00005.tar").unlink()
+    os.link(faulty[0] / "00005.tar", shards / "00005.tar")
+    assert curate(shards, out, *SMALL, "run.workers=1") == 0 and not record.exists()
+    assert {name: data for name, data in files_of(out).items() if name.endswith(".tar")} == {name: data for name, data in files_of(curated).items() if name.endswith(".tar")}
 
 
 # -- a folder of images -----------------------------------------------------------------------------------------------
@@ -383,6 +402,10 @@ def test_units_do_not_depend_on_the_file_system(tmp_path):
     for name in names:
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_bytes(b"x")
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "0.tar").symlink_to("nowhere")
+    with pytest.raises(ValueError, match="0.tar is no file"):
+        find_units(tmp_path / "other", 4)
     units = find_units(tmp_path, 4)
     assert [key for unit in units for key in unit.keys] == sorted(name[:-4] for name in names) and [len(unit.files) for unit in units] == [4, 4, 1]
     assert all(raw.spans[IMAGE][2] == 1 for unit in units for raw in unit.list().samples)

@@ -32,7 +32,7 @@ SHARED = ("scan", "caption", "write")  # by the tasks of an array
 SPLITS = ("train", "held_out", "hands")
 CHUNK = 32  # samples a worker gets at once
 TRIES = 3  # of a shard that cannot be read or written
-PAUSE_S = 5.0  # before the second of them; longer before the next
+PAUSE_S = 2.0  # before the second of them; longer before the next
 EXAMPLES = 4  # dropped samples named per cause and unit
 HISTOGRAMS = {  # name -> edges of its bins
     "short edge (pixels)": np.array([0, 64, 128, 192, 256, 320, 384, 448, 512, 640, 768, 896, 1024, 1280, 1536, 2048, 1 << 31]),
@@ -150,8 +150,9 @@ class Failed(RuntimeError):
 def each_tried(run: Run, stage: str, todo: list, name_of, treat) -> dict:
     """treat(todo, failed) -> summary, again with what it put into `failed`: {name: OSError}. What fails TRIES times is noted in OUT/work/failed. Failed names them."""
     summary: dict = {}
+    failed: dict[str, OSError] = {}
     for attempt in range(TRIES):
-        failed: dict[str, OSError] = {}
+        failed.clear()
         for key, value in treat(todo, failed).items():
             summary[key] = summary.get(key, 0) + value
         for error in failed.values():
@@ -159,17 +160,16 @@ def each_tried(run: Run, stage: str, todo: list, name_of, treat) -> dict:
                 raise error  # no shard's fault
         todo = [item for item in todo if name_of(item) in failed]
         if not todo:
-            break
-        time.sleep(PAUSE_S * attempt)
+            return summary
+        if attempt < TRIES - 1:
+            time.sleep(PAUSE_S * (attempt + 1))
     folder = run.out / "work" / "failed"
     for item in todo:
         folder.mkdir(parents=True, exist_ok=True)
         state.write_atomically(folder / f"{stage}-{name_of(item)}.json", json.dumps({"stage": stage, "shard": name_of(item), "reason": str(failed[name_of(item)])}) + "\n")
-    if todo:
-        listed = "".join(f"\n  {name_of(item)}: {failed[name_of(item)]}" for item in todo[:20])
-        raise Failed(f"{stage}: {len(todo):,} shards could not be treated after {TRIES} tries, all others of this task are finished:{listed}\n"
-                     "Repair them or move them away, and call the same command again: it goes on from here")
-    return summary
+    listed = "".join(f"\n  {name_of(item)}: {failed[name_of(item)]}" for item in todo[:20])
+    raise Failed(f"{stage}: {len(todo):,} shards could not be treated after {TRIES} tries, all others of this task are finished:{listed}\n"
+                 "Repair them or move them away, and call the same command again: it goes on from here")
 
 
 def finish(run: Run, stage: str, name: str, data: bytes, inputs: str, **more) -> None:

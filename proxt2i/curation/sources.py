@@ -88,6 +88,8 @@ def find_units(data: Path, files_per_part: int) -> list[Unit]:
         return [Unit(data.stem, [data])]
     tars = sorted(path for path in data.iterdir() if path.suffix == ".tar" and not path.name.startswith("."))
     if tars:
+        if odd := next((path for path in tars if not path.is_file()), None):
+            raise ValueError(f"{odd} is no file, or a link to none; remove it, or bring it back")
         return [Unit(path.stem, [path]) for path in tars]
     groups: dict[str, list[Path]] = {}  # key -> image and the text and JSON beside it
     pictures = 0
