@@ -12,6 +12,8 @@ from runs import BareRanks, assert_same_checkpoint, overrides
 from slurm_jobs import MISSING, Job, cluster, python, requeue, run_all, signals, slurm  # noqa: F401: cluster is a fixture
 from test_curation import files_of
 
+import launchers.curate
+
 pytestmark = pytest.mark.skipif(bool(MISSING), reason=f"no {', '.join(MISSING)} here: apt-get install slurm-wlm munge")
 LENGTH = dict(train__images=2400, train__log_every=80, train__checkpoint_every=800, train__threads=1, sample__every=0)
 
@@ -85,6 +87,19 @@ def test_a_curation_in_stages_names_a_bad_shard_and_goes_on_when_it_is_repaired(
     one, other = files_of(tmp_path / "straight"), files_of(out)
     assert [name for name in one if name.endswith(".tar")] and all(one[name] == other[name] for name in one if name.endswith(".tar"))
     assert json.loads(one["manifest.json"]) == json.loads(other["manifest.json"])
+
+
+def test_a_curations_scripts_can_be_looked_at(cluster, tmp_path, capsys):
+    (tmp_path / "shards").mkdir()
+    for number in range(5):
+        (tmp_path / "shards" / f"{number}.tar").touch()
+    options = ["--dry-run", "--jobs", "9", "--at-once", "2", "--gpus-per-node", "1", "--cpu-partition", "one", "--run", str(tmp_path / "run")]
+    assert launchers.curate.main([*options, "--", str(tmp_path / "shards"), str(tmp_path / "out"), "aesthetic.reward=aesthetic"]) == 0
+    scan, dedup, caption, write, merge = capsys.readouterr().out.split("# ---- ")[1:]
+    assert "--array=0-4%2" in scan and "--gpus-per-node=1" in scan and "--partition=tiny" in scan and "dependency" not in scan
+    assert "--array" not in dedup and "--dependency=afterok:JOB_OF_SCAN" in dedup and "--kill-on-invalid-dep=yes" in dedup and "--partition=one" in dedup
+    assert "--array=0-4%2" in caption and "gpus" not in caption and "afterok:JOB_OF_CAPTION" in write and "afterok:JOB_OF_WRITE" in merge
+    assert not (tmp_path / "run").exists() and not (tmp_path / "out").exists()
 
 
 def test_what_the_cluster_cannot_give_is_refused_with_what_it_has(cluster, settings, tmp_path):
