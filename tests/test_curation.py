@@ -332,6 +332,8 @@ def test_filters(tmp_path):
     webp = bytearray(encoded(image, "WEBP", lossless=True, icc_profile=b"x" * 200))
     webp[24:30] = b"\xfe\x3f\0\xfe\x3f\0"  # 16383 x 16383 in the header of the canvas
     assert webp[12:16] == b"VP8X" and look(tmp_path, bytes(webp), extension="webp").cause == "more pixels than allowed"
+    for whole in (data, encoded(image, "PNG"), encoded(image, "WEBP")):
+        assert {look(tmp_path, whole[:share * len(whole) // 100]).cause for share in (3, 12, 50, 90)} == {"image is cut short"}
     grey = Image.fromarray((np.arange(6400, dtype=np.uint16) * 10).reshape(80, 80))
     for odd in (encoded(grey, "PNG"), encoded(image.convert("P"), "PNG"), encoded(image.convert("RGBA"), "PNG"), encoded(image.convert("L"))):
         assert look(tmp_path, odd, extension="png").cause == ""

@@ -293,9 +293,9 @@ def one_large_picture_at_a_time(image: Image.Image):
 
 
 def _broken(data: bytes, kind: str) -> str:
-    if kind == "WEBP" and int.from_bytes(data[4:8], "little") + 8 > len(data):
-        return "image is cut short"
-    return "image cannot be decoded"
+    """Why a picture cannot be opened: most such files end before their formats' end marks."""
+    ends = {"WEBP": int.from_bytes(data[4:8], "little") + 8 <= len(data), "JPEG": b"\xff\xd9" in data[-64:], "PNG": b"IEND" in data[-64:]}
+    return "image cannot be decoded" if ends[kind] else "image is cut short"
 
 
 def orientation(image: Image.Image) -> int:

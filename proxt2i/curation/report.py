@@ -171,7 +171,8 @@ def _bars(edges: np.ndarray, counts: list[int]) -> Markup:
     axes = figure.add_subplot()
     axes.bar(range(len(shown)), [counts[i] for i in shown], width=0.92, color=COLORS[0])
     every = -(-len(shown) // 10)
-    axes.set_xticks(np.arange(0, len(shown), every) - 0.5, [f"{edges[i]:g}" for i in shown][::every], rotation=0, fontsize=8)
+    marks = np.arange(0, len(shown) + 1, every)
+    axes.set_xticks(marks - 0.5, ["more" if edges[shown[0] + i] >= 1e9 else f"{edges[shown[0] + i]:g}" for i in marks], fontsize=8)
     axes.grid(axis="x", visible=False)
     return _svg(figure)
 
@@ -187,9 +188,9 @@ def _named(counts: dict[str, int]) -> Markup:
 
 
 def _grids(run: Run, markers, duplicates, parts) -> list[dict]:
-    """[{"title", "pictures": data URLs}] of what is kept, of pairs of duplicates, and of what was dropped by each cause that leaves a picture."""
+    """[{"title", "pictures": data URLs, "together": how many belong together}] of what is kept, of pairs of duplicates, and of what was dropped by each cause that leaves a picture."""
     kept = sorted(example for part in parts for example in part["examples"])[:GRID]
-    grids = [{"title": "kept", "pictures": [_picture(run, unit, span) for _, unit, span in kept]}]
+    grids = [{"title": "kept", "together": 1, "pictures": [_picture(run, unit, span) for _, unit, span in kept]}]
     pairs: dict[str, list] = {}
     tables: dict[int, np.ndarray] = {}
 
@@ -203,14 +204,14 @@ def _grids(run: Run, markers, duplicates, parts) -> list[dict]:
         found = pairs.setdefault(cause, [])
         if len(found) < PER_CAUSE:
             found += [_picture(run, *span_of(one)), _picture(run, *span_of(other))]
-    grids += [{"title": f"{cause}: the one that is kept, and the dropped one, in turn", "pictures": found} for cause, found in pairs.items()]
+    grids += [{"title": f"{cause}: the one that is kept, and the dropped one", "together": 2, "pictures": found} for cause, found in pairs.items()]
     dropped: dict[str, list] = {}
     for number, marker in enumerate(markers):
         for cause, examples in marker["examples"].items():
             for _, span in examples:
                 if span is not None and len(dropped.setdefault(cause, [])) < PER_CAUSE and (url := _picture(run, number, span)):
                     dropped[cause].append(url)
-    grids += [{"title": f"dropped: {cause}", "pictures": urls} for cause, urls in sorted(dropped.items()) if urls]
+    grids += [{"title": f"dropped: {cause}", "together": 1, "pictures": urls} for cause, urls in sorted(dropped.items()) if urls]
     return grids
 
 
