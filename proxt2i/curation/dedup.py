@@ -15,7 +15,7 @@ The bands make the pairs few that are looked at; the hashes those whose thumbnai
 from __future__ import annotations
 
 import sqlite3
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -45,8 +45,12 @@ class Duplicates:
 
 
 def find_duplicates(samples: Iterable[tuple[int, np.ndarray]], database: Path, *, exact: bool = True, near: bool = True, distance: int = 16,
-                    color: float = 6.0, mirrored: bool = True, placeholder_repeats: int = 50, num_pairs: int = 16) -> Duplicates:
-    """samples: (number of the unit, structured array with sha256, hashes, key_hash, width, height, thumb) in order. `database` is made anew."""
+                    color: float = 6.0, mirrored: bool = True, placeholder_repeats: int = 50, num_pairs: int = 16,
+                    advance: Callable[[int], object] = int) -> Duplicates:
+    """samples: (number of the unit, structured array with sha256, hashes, key_hash, width, height, thumb) in order. `database` is made anew.
+
+    advance: told how many samples have been looked at, in each of the 1 + BANDS rounds.
+    """
     _remove(database)
     db = sqlite3.connect(f"{database.resolve().as_uri()}?nolock=1", uri=True, isolation_level=None)  # nobody else uses it; network disks lack locks
     try:
@@ -54,7 +58,7 @@ def find_duplicates(samples: Iterable[tuple[int, np.ndarray]], database: Path, *
             db.execute(f"PRAGMA {pragma}")
         with suppress(sqlite3.Error):  # sort on that disk too, not in /tmp; deprecated, and there is no other way from Python
             db.execute("PRAGMA temp_store_directory = '{}'".format(str(database.parent.resolve()).replace("'", "''")))
-        count = _fill(db, samples)
+        count = _fill(db, samples, advance)
         result = Duplicates(np.zeros(count, np.uint8))
         result.repeated_keys = db.execute("SELECT coalesce(sum(n), 0) FROM (SELECT count(*) AS n FROM samples GROUP BY key HAVING min(unit) < max(unit))").fetchone()[0]
         codes = np.zeros(count + 1, np.uint8)  # by rank, which begins at 1
@@ -64,7 +68,7 @@ def find_duplicates(samples: Iterable[tuple[int, np.ndarray]], database: Path, *
         if near:
             _same_hash(db, codes, color, pairs, num_pairs)
             if distance:
-                _near(db, database, codes, distance, color, mirrored, pairs, num_pairs)
+                _near(db, database, codes, distance, color, mirrored, pairs, num_pairs, advance)
         for rows in _rows(db, "SELECT rank, place FROM ranked"):
             result.codes[rows[:, 1]] = codes[rows[:, 0]]
         place = {rank: db.execute("SELECT place FROM ranked WHERE rank = ?", (rank,)).fetchone()[0] for pair in pairs for rank in pair}
@@ -80,7 +84,7 @@ def _remove(database: Path) -> None:
         file.unlink()
 
 
-def _fill(db, samples) -> int:
+def _fill(db, samples, advance) -> int:
     db.execute("CREATE TABLE samples (place INTEGER PRIMARY KEY, unit INTEGER, sha BLOB, hash INTEGER, hashes BLOB, key INTEGER, pixels INTEGER, thumb BLOB)")
     place = 0
     db.execute("BEGIN")
@@ -91,6 +95,7 @@ def _fill(db, samples) -> int:
             (place + i, unit, rows["sha256"][i].tobytes(), signed[0][i], rows["hashes"][i].tobytes(), signed[1][i], pixels[i], rows["thumb"][i].tobytes())
             for i in range(len(rows))))
         place += len(rows)
+        advance(len(rows))
     db.execute("CREATE TABLE ranked (rank INTEGER PRIMARY KEY, place INTEGER, sha BLOB, hash INTEGER, hashes BLOB, thumb BLOB)")
     db.execute("INSERT INTO ranked SELECT row_number() OVER (ORDER BY pixels DESC, place), place, sha, hash, hashes, thumb FROM samples")
     db.execute("COMMIT")
@@ -182,12 +187,13 @@ def _same_hash(db, codes, color: float, pairs, num_pairs) -> None:
 ROW = np.dtype([("key", "<u2"), ("mirrored", "u1"), ("rank", "<i8"), ("phash", "<u8"), ("dhash", "<u8")])
 
 
-def _near(db, database: Path, codes, distance: int, color: float, mirrored: bool, pairs, num_pairs) -> None:
+def _near(db, database: Path, codes, distance: int, color: float, mirrored: bool, pairs, num_pairs, advance) -> None:
     begun = len(pairs)
     db.execute("CREATE TABLE edges (high INTEGER, low INTEGER, mirrored INTEGER, bits INTEGER, PRIMARY KEY (high, low, mirrored, bits)) WITHOUT ROWID")
     db.execute("BEGIN")
     for band in range(BANDS):
-        for rows in _parts(db, database, codes, band, mirrored):
+        for share, rows in _parts(db, database, codes, band, mirrored):
+            advance(share)
             for edges in _neighbours(rows, distance):
                 db.executemany("INSERT OR IGNORE INTO edges VALUES (?, ?, ?, ?)", edges.tolist())
     db.execute("COMMIT")
@@ -209,8 +215,8 @@ def variants(hashes: np.ndarray, unsure: np.ndarray, band: int) -> np.ndarray:
     return np.stack([key, key ^ low, key ^ both ^ low, key ^ both])
 
 
-def _parts(db, database: Path, codes, band: int, mirrored: bool) -> Iterator[np.ndarray]:
-    """ROW [n] of the kept pictures, sorted by key, mirrored and rank: everything with the keys of one part of all keys at a time, through files."""
+def _parts(db, database: Path, codes, band: int, mirrored: bool) -> Iterator[tuple[int, np.ndarray]]:
+    """(samples this stands for, ROW [n]) of the kept pictures, sorted by key, mirrored and rank: everything with the keys of one part of all keys at a time, through files."""
     bits = max(0, min(9, int(len(codes) * 4 * (1 + mirrored) // PART).bit_length()))
     paths = [database.with_name(f"{database.name}-part-{n}") for n in range(1 << bits)]
     with ExitStack() as stack:
@@ -232,10 +238,10 @@ def _parts(db, database: Path, codes, band: int, mirrored: bool) -> Iterator[np.
             for number, edge in enumerate(np.split(rows, np.cumsum(np.bincount(part, minlength=1 << bits))[:-1])):
                 if len(edge):
                     files[number].write(edge.tobytes())
-    for path in paths:
+    for number, path in enumerate(paths):
         rows = np.fromfile(path, ROW)
         path.unlink()
-        yield rows[np.lexsort((rows["rank"], rows["mirrored"], rows["key"]))]
+        yield (len(codes) - 1 + number) // len(paths), rows[np.lexsort((rows["rank"], rows["mirrored"], rows["key"]))]
 
 
 def _neighbours(rows: np.ndarray, distance: int) -> Iterator[np.ndarray]:

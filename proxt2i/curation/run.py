@@ -327,14 +327,13 @@ def find_duplicates(run: Run) -> dict:
     c, folder = run.config.dedup, run.out / "work" / "dedup"
     folder.mkdir(parents=True, exist_ok=True)
     counts = [marker["records"] for marker in markers]
-    with Progress(total=sum(counts), desc="finding duplicates", unit="image", unit_scale=True, disable=run.quiet) as bar:
+    with Progress(total=sum(counts) * (1 + pictures.BANDS * (c.near and c.distance > 0)), desc="finding duplicates", unit="", unit_scale=True, disable=run.quiet) as bar:
         def samples():
             for number, marker in enumerate(markers):
                 yield number, records_of(run, marker)
-                bar.update(marker["records"])
 
         found = dedup.find_duplicates(samples(), run.out / "work" / "dedup.sqlite", exact=c.exact, near=c.near, distance=c.distance, color=c.color, mirrored=c.mirrored,
-                                      placeholder_repeats=run.config.filter.placeholder_repeats)
+                                      placeholder_repeats=run.config.filter.placeholder_repeats, advance=bar.update)
     starts = np.cumsum([0, *counts])
     parts = []
     for unit, start, stop in zip(run.units, starts, starts[1:]):
