@@ -196,7 +196,7 @@ def _scan(run: Run, todo: list, failed: dict[str, OSError]) -> dict:
                 failed[unit.name] = error
                 continue
             files = tuple(map(str, unit.files))
-            rules_here = replace(rules, check_pairs=rules.check_pairs and unit.keys is None)  # files of one name in a folder belong together
+            rules_here = replace(rules, check_pairs=rules.check_pairs and unit.is_tar)  # files of one name in a folder belong together
             starts = range(0, max(1, len(listing.samples)), CHUNK)
             for start in starts:
                 yield (unit, stamp, start == starts[-1]), Chunk(files, tuple(listing.samples[start : start + CHUNK]), rules_here)
