@@ -371,17 +371,15 @@ def perceptual_hashes(small: np.ndarray) -> np.ndarray:
     """
     luma = small @ _LUMA
     coefficients = (_COSINES @ luma @ _COSINES.T).ravel()[_ZIGZAG]
+    values = np.stack([coefficients, coefficients * _MIRROR])
+    values -= np.partition(values[:, 1:], 31, axis=1)[:, 31:32]  # the median of 63
+    values[:, 0] = -np.inf
+    nearest = np.abs(values).reshape(2 * BANDS, -1).argsort(1, kind="stable")[:, :UNSURE].astype(np.uint16)
     rows = luma.reshape(8, SMALL // 8, SMALL).mean(1) @ _COLUMNS
-    hashes = []
-    for mirrored in (False, True):
-        values = coefficients * _MIRROR if mirrored else coefficients
-        values = values - np.median(values[1:])
-        values[0] = -np.inf
-        unsure = np.zeros((BANDS, 64 // BANDS), bool)
-        np.put_along_axis(unsure, np.abs(values).reshape(BANDS, -1).argsort(1, kind="stable")[:, :UNSURE], True, 1)
-        growing = np.diff(rows[:, ::-1] if mirrored else rows) > 0
-        hashes.append([np.packbits(bits.ravel(), bitorder="little").view("<u8")[0] for bits in (values > 0, unsure, growing)])
-    return np.array(hashes, np.uint64)
+    growing = np.stack([rows[:, 1:] > rows[:, :-1], rows[:, -2::-1] > rows[:, :0:-1]])
+    bits = np.packbits(np.concatenate([values > 0, growing.reshape(2, 64)]), axis=1, bitorder="little").view("<u8")[:, 0]
+    unsure = np.bitwise_or.reduce(np.left_shift(np.uint16(1), nearest), 1).astype("<u2").view("<u8")
+    return np.stack([bits[:2], unsure, bits[2:]], 1).astype(np.uint64)
 
 
 # -- the picture itself, for captions and for writing -----------------------------------------------------------------
