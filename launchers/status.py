@@ -50,6 +50,7 @@ def status(run_dir: Path) -> dict:
         found["items"] = summary(launch)
     if "output" in job and job["kind"] == "latents":
         found["data"] = progress.latents(Path(job["output"]))
+    found["last"] = _last_outcome(histories[0])
     found["workers"] = [_last_outcome(history) for history in histories] if num_workers(job) and "items" not in job else []
     found["doing"] = _doing(found)
     failures = [attempt for attempt in attempts if attempt.get("outcome") in ("failed", "input")]
@@ -80,7 +81,7 @@ def _result(manifest: Path) -> dict | None:
 
 
 def _last_outcome(history: History) -> str | None:
-    """Of an array's worker, since it was last submitted: finished, failed, ..., "running", or None: not started."""
+    """Of a job, since it was last submitted: finished, failed, ..., "running", or None: not started."""
     outcome = None
     for row in history.rows():
         outcome = {"submitted": None, "start": "running", "end": row.get("outcome"), "given up": "given up"}.get(row["event"], outcome)
@@ -93,13 +94,11 @@ def _running(attempts: list[dict]) -> bool:
 
 def _doing(found: dict) -> str:
     """The state in a word or two: Slurm's where the job lives, the record's where it is over."""
-    last = found["attempts"][-1].get("outcome") if found["attempts"] else None
+    last = found["last"]
     if "items" in found:
         return "finished" if not found["items"]["left"] else found["state"].lower()
     if found["workers"]:
         return _array_doing(found)
-    if found["attempts"] and found["state"] == "CANCELLED" and last in (None, "stopped"):
-        return "cancelled"
     if last == "finished":
         return "finished"
     if found["given_up"]:

@@ -49,9 +49,9 @@ def task_of(args: argparse.Namespace, environment=os.environ) -> tuple[int, int]
 
 def main(argv: list[str] | None = None) -> int:
     args = parse_args(argv)
-    from proxt2i.curation.run import SHARED, STAGES, Failed, Run, run_stages
-
     try:
+        from proxt2i.curation.run import SHARED, STAGES, Run, run_stages
+
         if args.stage is not None and args.stage not in STAGES:
             raise ValueError(f"--stage {args.stage}: there are {', '.join(STAGES)}")
         task, tasks = task_of(args)
@@ -62,7 +62,7 @@ def main(argv: list[str] | None = None) -> int:
         summary = run_stages(run, (args.stage,) if args.stage else STAGES)
     except (ValueError, OSError, RuntimeError) as error:
         print(f"error: proxt2i.curation: {error}", file=sys.stderr)
-        return 2 if isinstance(error, (ValueError, Failed)) else 1  # 2: to try again is of no use
+        return 2 if isinstance(error, ValueError) else 1  # 2: to try again is of no use
     except KeyboardInterrupt:
         print("proxt2i.curation: interrupted; the same command goes on from here", file=sys.stderr)
         return 128 + signal.SIGINT

@@ -143,8 +143,8 @@ def rules_of(config: Curation) -> Rules:
                  tuple(f.nsfw), read_placeholders(f.placeholders), tuple(c.hands.keys), c.aesthetic.image_size if c.aesthetic.reward or c.hands.detector else 0)
 
 
-class Failed(RuntimeError):
-    """Shards that could not be treated; the others are finished."""
+class Failed(ValueError):
+    """Shards that could not be treated, though they were tried again; the others are finished."""
 
 
 def each_tried(run: Run, stage: str, todo: list, name_of, treat) -> dict:
