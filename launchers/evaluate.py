@@ -1,6 +1,9 @@
-"""Measure a model on a cluster: `python -m proxt2i.evaluate` as a job of one rank.
+"""Measure models on a cluster: `python -m proxt2i.evaluate`, its prompts shared by all ranks. What is finished stays when the job is stopped and comes back.
 
 examples
+    python -m launchers.evaluate --partition gpu --nodes 2 --gpus-per-node 8 -- --model /shared/runs/faces/model --prompts /shared/prompts.txt --rewards pickscore,hpsv2 \\
+        --steps 4,8 --out /shared/runs/faces/evaluation
+  portraits, which one rank measures alone:
     python -m launchers.evaluate --partition gpu --gpus-per-node 1 -- --model /shared/runs/faces/model --steps 4,8 --out /shared/runs/faces/evaluation
     python -m launchers.evaluate --local -- --steps 8
 """
@@ -17,7 +20,7 @@ def check(arguments: list[str], ranks: int) -> None:
     parse_args(arguments)
 
 
-WORK = Work("evaluate", ["-m", "proxt2i.evaluate"], says="[--model DIR] [--steps N,N] ...", one_rank=True, check=check)
+WORK = Work("evaluate", ["-m", "proxt2i.evaluate"], says="[--model DIR] [--prompts FILE --rewards NAME,...] [--steps N,N] ...", check=check)
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -1,8 +1,18 @@
-"""Measure a portraits model: does each picture show what its prompt says, and do the pictures look like drawings?
+"""Measure models: rewards, Fréchet distance, time and memory for every sampler, on the same prompts and seeds.
 
+    python -m proxt2i.evaluate --model runs/faces/model --prompts prompts.txt --rewards pickscore,hpsv2 --steps 4,8 --guidance 1,2
     python -m proxt2i.evaluate --model runs/portraits/model --steps 4,8 --guidance 1,2
 
-Prompts are held-out captions that state all eight attributes. For every (plan, steps, guidance) it prints
+With --prompts (a text file with one a line; .jsonl, .csv or .tsv with prompt and perhaps seed, negative_prompt, category) every
+combination of model, plan, steps and guidance draws the same prompts with the same seeds; docs/evaluation.md. Written to --out:
+  report.html                      all of it on one page
+  per_prompt.parquet, .csv         a row for every picture: settings, prompt, seed, scores
+  summary.csv, differences.csv,    means with bootstrap intervals; each two samplers, prompt by prompt; means of each category
+  categories.csv, results.json
+  samplers/                        the pictures, and what a command that was stopped or killed goes on from
+
+Without --prompts a portraits model is measured: prompts are held-out captions that state all eight attributes. For every (plan, steps,
+guidance) it prints
   accuracy    share of attributes that the judge, an independently trained classifier, finds as asked
   all right   share of pictures with every attribute as asked
   FD          Fréchet distance in the judge's features to held-out drawings (lower is better; `drawings` row: the floor)
@@ -13,11 +23,18 @@ and writes results.json and a grid of pictures per row.
 from __future__ import annotations
 
 import argparse
-import json
-import random
+import os
 import sys
-import time
 from pathlib import Path
+
+HERE = Path(__file__).resolve().parent
+# Started as a script (deepspeed proxt2i/evaluate.py), python puts this folder first on the path: our modules would shadow top-level packages.
+sys.path[:] = [entry for entry in sys.path if Path(entry or ".").resolve() != HERE]
+
+from proxt2i.evaluation.portraits import drawings_of, held_out, through_codec  # noqa: E402, F401 (benchmarks/)
+from proxt2i.rewards.base import RewardError, add_arguments  # noqa: E402
+from proxt2i.sample import size  # noqa: E402
+from proxt2i.training.slurm import adopt_slurm_ranks  # noqa: E402
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -31,147 +48,108 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         return parse
 
     parser = argparse.ArgumentParser("python -m proxt2i.evaluate", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", type=Path, metavar="DIR", help="model folder (default: the shipped portraits model)")
-    parser.add_argument("--plan", default=None, help="plans, separated by commas (default: the model's)")
-    parser.add_argument("--steps", type=numbers(int), default=[8], help="step counts, separated by commas (default: 8)")
-    parser.add_argument("--guidance", type=numbers(float), help="guidance scales, separated by commas (default: the model's)")
-    parser.add_argument("--guidance-below", type=float, metavar="T", help="guide only steps with the noise of a time up to T, 1 all, 0 the last (default: the model's)")
-    parser.add_argument("--num-prompts", type=int, default=1024, help="pictures for accuracy and FD, one a prompt (default: 1024)")
-    parser.add_argument("--diversity-prompts", type=int, default=32, help="prompts that are drawn 16 times each (default: 32)")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--batch-size", type=int, default=64)
-    parser.add_argument("--device", help="cpu, cuda, ... (default: cuda if there is one)")
-    parser.add_argument("--out", type=Path, default=Path("evaluation"), metavar="DIR")
+    add = parser.add_argument
+    add("--model", type=Path, action="append", metavar="DIR", help="model folder; again for others to compare with (default: the shipped portraits model)")
+    add("--plan", default=None, help="plans, separated by commas (default: the model's)")
+    add("--steps", type=numbers(int), help="step counts, separated by commas (default: 8; with --prompts the model's)")
+    add("--guidance", type=numbers(float), help="guidance scales, separated by commas (default: the model's)")
+    add("--guidance-below", type=float, metavar="T", help="guide only steps with the noise of a time up to T, 1 all, 0 the last (default: the model's)")
+    add("--num-prompts", type=int, metavar="N", help="portraits: pictures for accuracy and FD, one a prompt (default: 1024); with --prompts: the first N (default: all)")
+    add("--seed", type=int, default=0, help="of the first picture; the next have the next (default: 0)")
+    add("--batch-size", type=int, default=64, help="pictures drawn together (default: 64)")
+    add("--out", type=Path, default=Path("evaluation"), metavar="DIR", help="folder for the results (default: evaluation)")
+    add("--diversity-prompts", type=int, default=32, help="portraits: prompts that are drawn 16 times each (default: 32)")
+    group = parser.add_argument_group("with --prompts")
+    group.add_argument("--prompts", type=Path, metavar="FILE", help="prompts, or the word portraits: held-out captions of portraits")
+    add_arguments(group)
+    add = group.add_argument
+    add("--reference", type=Path, metavar="DIR", help="pictures that those drawn are compared with, for a Fréchet distance: a folder of them, or of tar shards")
+    add("--fd-model", type=Path, metavar="DIR", help="network of that distance: folder of a vision model of transformers (DINOv2), or file of FID's Inception")
+    add("--images-per-prompt", type=int, default=1, metavar="M", help="pictures of each prompt, with seeds one after another (default: 1)")
+    add("--dtype", choices=["fp32", "bf16", "fp16"], default="fp32", help="of the U-ViT and text encoders (default: fp32)")
+    add("--size", type=size, metavar="HEIGHTxWIDTH", help="of the pictures, in pixels (default: the model's own)")
+    add("--cut-long", action="store_true", help="take prompts that are longer than the model can hear")
+    add("--no-images", action="store_true", help="keep only the pictures that the page shows; then a reward that is added later draws anew")
+    add("--grid", type=int, default=8, metavar="N", help="prompts shown side by side, spread over the list (default: 8)")
+    add("--latency-runs", type=int, default=3, metavar="N", help="batches timed for each sampler; 0: none (default: 3)")
+    add("--wait", type=float, default=3600, metavar="S", help="with several ranks: seconds that rank 0 waits for others' next batch (default: 3600)")
+    parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # the deepspeed launcher passes it
     return parser.parse_args(argv)
-
-
-PER_GROUP = 16  # pictures of one prompt for the diversity figure
-
-
-def held_out(num_prompts: int):
-    """Held-out drawings of prompts that state everything: images uint8 [num_prompts, 3, 64, 64], captions, metadata."""
-    from .data.portraits import make_portrait
-    from .embedded import HELD_OUT_SEED
-
-    images, captions, metadata = zip(*(make_portrait(HELD_OUT_SEED + 10_000 + i, complete=True) for i in range(num_prompts)))
-    return _stack(images), list(captions), list(metadata)
-
-
-def drawings_of(metadata: list[dict], copies: int):
-    """`copies` other drawings of each prompt, one prompt's together: uint8 [len(metadata) * copies, 3, 64, 64]."""
-    from .data.portraits import draw_portrait
-
-    return _stack([draw_portrait(m["attributes"], random.Random(m["seed"] * copies + j)) for m in metadata for j in range(copies)])
-
-
-def drawings_of_others(num_images: int):
-    """Held-out drawings of other people: uint8 [num_images, 3, 64, 64]."""
-    from .data.portraits import make_portrait
-    from .embedded import HELD_OUT_SEED
-
-    return _stack([make_portrait(HELD_OUT_SEED + 5_000_000 + i)[0] for i in range(num_images)])
-
-
-def through_codec(images, codec, device="cpu"):
-    """What the VAE leaves of pictures, uint8 [M, 3, H, W] -> uint8 on the CPU."""
-    import torch
-
-    from .images import to_uint8
-
-    with torch.no_grad():
-        return torch.cat([to_uint8(codec.decode(codec.encode(x.to(device).float() / 127.5 - 1))).cpu() for x in images.split(64)])
-
-
-def _stack(pictures):
-    import numpy as np
-    import torch
-
-    return torch.from_numpy(np.stack([np.asarray(p) for p in pictures])).permute(0, 3, 1, 2)
 
 
 def main(argv: list[str] | None = None) -> int:
     args = parse_args(argv)
     try:
-        if args.num_prompts < 2 or not 1 <= args.diversity_prompts <= args.num_prompts:
-            raise ValueError("--num-prompts must be at least 2 and --diversity-prompts between 1 and --num-prompts")
-        run(args)
+        adopt_slurm_ranks(os.environ)
+        if args.prompts is None:
+            run_portraits(args)
+        else:
+            run(args)
         return 0
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, RewardError, RuntimeError) as error:
         print(f"proxt2i.evaluate: error: {error}", file=sys.stderr)
-        return 2
+        return 1 if isinstance(error, RuntimeError) else 2
+    except KeyboardInterrupt:
+        print("\nstopped; the same command goes on from what is finished" if args.prompts else "\nstopped", file=sys.stderr)
+        return 130
 
 
-def run(args: argparse.Namespace) -> list[dict]:
-    from .data.portraits import ATTRIBUTES
-    from .embedded import SHIPPED_MODEL
-    from .embedded.judge import Judge, diversity, frechet_distance, right_attributes
-    from .images import grid, save_png
-    from .models.bundle import load_bundle
-    from .pipeline import generate, guidance_of, pick_device, plan_of
-
-    device = pick_device(args.device)
-    bundle = load_bundle(args.model or SHIPPED_MODEL, device=device)
-    plans = args.plan.split(",") if args.plan else [bundle.settings.plan]
-    for plan in plans:
-        for steps in args.steps:
-            plan_of(bundle.settings, steps, plan)  # an invalid pair is refused before anything is drawn
-    guidances = [guidance_of(bundle.settings, scale, args.guidance_below) for scale in args.guidance or [None]]
-    judge = Judge(device=device)
-    args.out.mkdir(parents=True, exist_ok=True)
-
-    drawings, captions, metadata = held_out(args.num_prompts)
-    real_predicted, real_features = judge(drawings)
-    varied_features = judge(drawings_of(metadata[: args.diversity_prompts], PER_GROUP))[1]
-    real_diversity = diversity(varied_features, args.diversity_prompts)
-    seeds = [args.seed + i for i in range(len(captions))]
-    group_captions = [c for c in captions[: args.diversity_prompts] for _ in range(PER_GROUP)]
-    group_seeds = [args.seed + 1_000_000 + i for i in range(len(group_captions))]
-
-    def row(name: str, images, features, predicted, group_features, **more) -> dict:
-        right, stated = right_attributes(predicted, metadata)
-        return {
-            "sampler": name, **more, "accuracy": right[stated].float().mean().item(), "all_right": (right | ~stated).all(1).float().mean().item(),
-            "frechet_distance": frechet_distance(features, real_features), "diversity": None if group_features is None else diversity(group_features, args.diversity_prompts) / real_diversity,
-            "by_attribute": {n: right[:, a].float().mean().item() for a, n in enumerate(ATTRIBUTES)},
-        }  # fmt: skip
-
-    # what the judge and the VAE leave of the drawings themselves: no sampler can be expected to do better
-    decoded = through_codec(drawings, bundle.codec, device)
-    decoded_predicted, decoded_features = judge(decoded)
-    rows = [row("drawings", drawings, real_features, real_predicted, varied_features), row("drawings through the VAE", decoded, decoded_features, decoded_predicted, None)]
-    rows[0]["frechet_distance"] = frechet_distance(judge(drawings_of_others(args.num_prompts))[1], real_features)  # another draw of as many
-
-    header = f"{'sampler':<26}{'steps':>6}{'guidance':>9}{'accuracy':>10}{'all right':>10}{'FD':>9}{'diversity':>10}{'images/s':>10}"
-    print(header)
-    for r in rows:
-        print_row(r)
-    for plan in plans:
-        for steps in args.steps:
-            for scale, below in guidances:
-                options = dict(num_steps=steps, guidance_scale=scale, guidance_below=below, plan=plan, batch_size=args.batch_size, progress=sys.stderr.isatty())
-                start = time.perf_counter()
-                images = generate(bundle, captions, seeds, **options)
-                rate = len(images) / (time.perf_counter() - start)
-                predicted, features = judge(images)
-                group_features = judge(generate(bundle, group_captions, group_seeds, **options))[1]
-                rows.append(row(plan, images, features, predicted, group_features, steps=steps, guidance=scale, guidance_below=below, images_per_s=rate))
-                print_row(rows[-1])
-                name = f"{plan}-steps{steps}-guidance{scale:g}.png"
-                save_png(grid(images[:24], 6), args.out / name, {"plan": plan, "steps": steps, "guidance_scale": scale, "guidance_below": below})
-    results = {"model": str(args.model or "shipped"), "num_prompts": args.num_prompts, "seed": args.seed, "device": str(device), "rows": rows}
-    (args.out / "results.json").write_text(json.dumps(results, indent=2) + "\n")
-    print(f"wrote {args.out}/results.json and the grids beside it")
-    return rows
+def ranks() -> tuple[int, int, int]:
+    """(rank, number of ranks, rank on this machine), of the environment that torchrun, deepspeed and srun leave. ValueError for nonsense."""
+    rank, world, local = (int(os.environ.get(name, default)) for name, default in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
+    if not 0 <= rank < world:
+        raise ValueError(f"RANK={rank}, WORLD_SIZE={world}: out of range")
+    return rank, world, local
 
 
-def print_row(row: dict) -> None:
-    def cell(key: str, form: str, width: int) -> str:
-        return format(row[key], form).rjust(width) if row.get(key) is not None else "-".rjust(width)
+def run_portraits(args: argparse.Namespace) -> None:
+    """Of one model, by its attributes: by rank 0 alone."""
+    from proxt2i.evaluation import portraits
+    from proxt2i.evaluation.folder import ABOUT
+    from proxt2i.evaluation.work import is_portraits_model
 
-    print(
-        f"{row['sampler']:<26}" + cell("steps", "d", 6) + cell("guidance", "g", 9) + cell("accuracy", ".4f", 10) + cell("all_right", ".4f", 10)
-        + cell("frechet_distance", ".3f", 9) + cell("diversity", ".3f", 10) + cell("images_per_s", ".1f", 10), flush=True,
-    )  # fmt: skip
+    if args.reward or args.rewards or args.reference or args.fd_model:
+        raise ValueError("rewards, --reference and --fd-model need --prompts FILE (or --prompts portraits)")
+    if len(args.model or []) > 1:
+        raise ValueError("several --model need --prompts FILE (or --prompts portraits)")
+    args.model, args.steps, args.num_prompts = args.model[0] if args.model else None, args.steps or [8], 1024 if args.num_prompts is None else args.num_prompts
+    if args.num_prompts < 2 or not 1 <= args.diversity_prompts <= args.num_prompts:
+        raise ValueError("--num-prompts must be at least 2 and --diversity-prompts between 1 and --num-prompts")
+    if args.model and not is_portraits_model(args.model):
+        raise ValueError(f"--prompts FILE is missing: without it a model is measured on portraits, and {args.model} has another text encoder than theirs (--prompts portraits does it anyway)")
+    if (args.out / ABOUT).exists():
+        raise ValueError(f"--out {args.out} holds an evaluation with prompts; choose another folder")
+    if ranks()[0] == 0:
+        portraits.run(args)
+
+
+def run(args: argparse.Namespace) -> None:
+    """Of models on prompts. Every rank draws its share; rank 0 writes the tables."""
+    import torch
+
+    from proxt2i.evaluation import draw, folder, page, results
+    from proxt2i.evaluation.work import make_evaluation
+    from proxt2i.pipeline import pick_device
+    from proxt2i.rewards.base import load_reward
+
+    rank, world, local = ranks()
+    if world > 1 and "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE") or world)))
+    own = f"cuda:{local}" if torch.cuda.device_count() > 1 else None  # Slurm may show a rank its GPU alone
+    device = pick_device(own if args.device in (None, "cuda") and own else args.device)
+    evaluation = make_evaluation(args)
+    folder.check_folder(evaluation)
+    rewards = [load_reward(settings, device) for settings in evaluation.rewards]  # missing weights are said before anything is drawn
+    extract = evaluation.features.load(device) if evaluation.features else None
+    folder.claim(evaluation)
+    draw.work(evaluation, rewards, extract, device, rank, world)
+    if rank == 0:
+        draw.wait(evaluation, args.wait)
+        found = results.collect(evaluation)
+        results.write(evaluation, found)
+        page.write_page(evaluation, found)
+        results.print_table(found)
+        print(f"wrote {args.out}/report.html, and tables beside it")
 
 
 if __name__ == "__main__":

@@ -24,8 +24,8 @@ from PIL import Image
 from safetensors import SafetensorError, safe_open
 
 from proxt2i.config import Config
-from proxt2i.grpo_config import GrpoConfig
 from proxt2i.data.index import write_atomically
+from proxt2i.grpo_config import GrpoConfig
 from proxt2i.report_plots import plots
 from proxt2i.training.checkpoint import finished
 from proxt2i.training.state import SavedState
@@ -142,8 +142,9 @@ def _evaluations(run_dir: Path) -> list[dict]:
     """Tables of `python -m proxt2i.evaluate --out RUN/evaluation` (any folder of the run whose name ends so)."""
     found = []
     for path in sorted(run_dir.glob("*evaluation/results.json")):
-        rows = _json(path).get("rows", [])
-        keys = [(key, form) for key, form in EVALUATION if any(row.get(key) is not None for row in rows)]
+        rows = [{**row, **{name: entry["mean"] for name, entry in row.get("rewards", {}).items()}} for row in _json(path).get("rows", [])]
+        rewards = [(name, ".4g") for name in (rows[0].get("rewards", {}) if rows else {})]
+        keys = [(key, form) for key, form in (*EVALUATION, *rewards) if any(row.get(key) is not None for row in rows)]
         if keys:
             cells = [[format(row[key], form) if row.get(key) is not None else "–" for key, form in keys] for row in rows]
             found.append({"name": path.parent.name, "head": [key.replace("_", " ") for key, _ in keys], "rows": cells})

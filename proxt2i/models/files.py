@@ -122,14 +122,15 @@ def require_folder(folder: Path | str) -> Path:
 def component_digests(folder: Path, encoders: Sequence[str] = ()) -> dict[str, str]:
     """SHA-256 of the frozen parts in a model folder: "vae" ("pixels" where there is none), and those of `encoders` ("text_encoder_2",
     with its tokenizer) that exist. Of the files' bytes, so that it does not depend on the precision they are loaded in."""
-    digests = {"vae": _files_digest([folder / "vae"]) if (folder / "vae").is_dir() else "pixels"}
+    digests = {"vae": files_digest([folder / "vae"]) if (folder / "vae").is_dir() else "pixels"}
     for name in encoders:
         if (folder / name).is_dir():
-            digests[name] = _files_digest([folder / name, folder / name.replace("text_encoder", "tokenizer")])
+            digests[name] = files_digest([folder / name, folder / name.replace("text_encoder", "tokenizer")])
     return digests
 
 
-def _files_digest(folders: list[Path]) -> str:
+def files_digest(folders: list[Path]) -> str:
+    """SHA-256 of the names and bytes of the JSON, safetensors, text and SentencePiece files directly in `folders`."""
     h = hashlib.sha256()
     for path in sorted(path for folder in folders for path in folder.iterdir() if path.is_file()):
         if path.suffix in (".json", ".safetensors", ".txt", ".model"):

@@ -48,7 +48,7 @@ class TextEncoder(nn.Module):
         return cls.from_sources(sources, device=device, dtype=dtype)
 
     @classmethod
-    def from_sources(cls, sources: list[tuple[Path | str, Path | str]], lengths: list[int] | None = None,
+    def from_sources(cls, sources: Sequence[tuple[Path | str, Path | str]], lengths: list[int] | None = None,
                      device="cpu", dtype: torch.dtype = torch.float32) -> "TextEncoder":
         """Load (tokenizer, encoder) pairs, each a local folder or a hub id. Only safetensors weights are read."""
         pairs = [(_load_tokenizer(tokenizer), _load_encoder(encoder, dtype)) for tokenizer, encoder in sources]
@@ -82,13 +82,7 @@ class TextEncoder(nn.Module):
 
     def unheard(self, caption: str) -> str:
         """The end of the caption that no encoder is shown because it is too long; "" when one hears all of it."""
-        ends = []
-        for tokenizer, length in zip(self.tokenizers, self.lengths):
-            ids = tokenizer(caption, verbose=False)["input_ids"]
-            if len(ids) <= length:
-                return ""
-            ends.append(tokenizer.decode(ids[length - 1:-1]))  # the last place is that of the end token
-        return min(ends, key=len)
+        return _unheard(self.tokenizers, self.lengths, caption)
 
     def warn_unheard(self, prompts: list[str]) -> None:
         """Log what of each prompt no encoder is shown."""
@@ -145,6 +139,22 @@ def cut_captions(folder: Path | str, captions: list[str]) -> list[bool]:
     return _cut([_load_tokenizer(tokenizer) for tokenizer, _ in _sources(folder)], text_sizes(folder)[1], captions)
 
 
+def unheard_ends(folder: Path | str, captions: list[str]) -> list[str]:
+    """`unheard` of the TextEncoder in a folder, for each caption, without loading weights. Raises ValueError as loading would."""
+    tokenizers, lengths = [_load_tokenizer(tokenizer) for tokenizer, _ in _sources(folder)], text_sizes(folder)[1]
+    return [_unheard(tokenizers, lengths, caption) for caption in captions]
+
+
+def _unheard(tokenizers: list, lengths: list[int], caption: str) -> str:
+    ends = []
+    for tokenizer, length in zip(tokenizers, lengths):
+        ids = tokenizer(caption, verbose=False)["input_ids"]
+        if len(ids) <= length:
+            return ""
+        ends.append(tokenizer.decode(ids[length - 1:-1]))  # the last place is that of the end token
+    return min(ends, key=len)
+
+
 def _cut(tokenizers: list, lengths: list[int], captions: list[str]) -> list[bool]:
     cut = [False] * len(captions)
     for tokenizer, length in zip(tokenizers, lengths):
@@ -190,12 +200,12 @@ def _load_encoder(source: Path | str, dtype: torch.dtype) -> nn.Module:
     bar = logging_utils.is_progress_bar_enabled()
     logging_utils.disable_progress_bar()
     try:
-        encoder, info = ENCODERS[model_type].from_pretrained(source, dtype=dtype, use_safetensors=True,
+        encoder, info = ENCODERS[str(model_type)].from_pretrained(source, dtype=dtype, use_safetensors=True,
                                                              output_loading_info=True)
     finally:
         if bar:
             logging_utils.enable_progress_bar()
-    check_loaded(source, info)
+    check_loaded(Path(source), info)
     return encoder
 
 

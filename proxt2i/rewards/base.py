@@ -95,7 +95,7 @@ def check_settings(settings: Sequence[RewardSettings], source: str = "rewards") 
     return list(settings)
 
 
-def settings_of(entries: list, source: str = "rewards") -> list[RewardSettings]:
+def settings_of(entries: object, source: str = "rewards") -> list[RewardSettings]:
     """RewardSettings of plain values as YAML gives them: a list of names or of mappings. ValueError names entry and field."""
     if not isinstance(entries, list) or not entries:
         raise ValueError(f"{source} must be a list of rewards, like [{{name: pickscore, path: portraits}}], got {entries!r}")
@@ -115,7 +115,7 @@ def add_arguments(parser) -> None:
     """The flags by which every command of this package names its rewards; `settings_of_arguments` reads them."""
     parser.add_argument("--reward", default="", metavar="NAME,...", help="rewards, separated by commas: " + ", ".join(REWARDS))
     parser.add_argument("--set", action="append", default=[], metavar="NAME.KEY=VALUE", help="a setting of one of them, e.g. pickscore.path=portraits; may be repeated")
-    parser.add_argument("--rewards", type=Path, metavar="FILE", help="YAML list of rewards with all their settings, instead of --reward")
+    parser.add_argument("--rewards", metavar="FILE", help="YAML list of rewards with all their settings, instead of --reward; names, separated by commas, are taken too")
     parser.add_argument("--device", help="cpu, cuda, ... (default: cuda if there is one)")
 
 
@@ -123,18 +123,24 @@ def settings_of_arguments(args) -> list[RewardSettings]:
     """The rewards that the flags of `add_arguments` name. ValueError names the flag and the fix."""
     if bool(args.reward) == (args.rewards is not None):
         raise ValueError("name rewards either by --reward NAME,... or by --rewards FILE")
-    if args.rewards is not None:
+    if args.rewards is not None and _is_file_name(args.rewards):
         if args.set:
-            raise ValueError("--set goes with --reward; with --rewards, write it into the file")
+            raise ValueError("--set goes with --reward; with --rewards FILE, write it into the file")
         return read_settings(args.rewards)
-    entries = {name.strip(): {"name": name.strip()} for name in args.reward.split(",")}
+    flag, names = ("--reward", args.reward) if args.reward else ("--rewards", args.rewards)
+    entries = {name.strip(): {"name": name.strip()} for name in names.split(",")}
     for change in args.set:
         key, equals, value = change.partition("=")
         name, dot, field = key.partition(".")
         if not (equals and dot and name in entries):
-            raise ValueError(f"--set {change}: expected NAME.KEY=VALUE with a NAME of --reward ({', '.join(entries)})")
+            raise ValueError(f"--set {change}: expected NAME.KEY=VALUE with a NAME of {flag} ({', '.join(entries)})")
         entries[name][field] = value
-    return settings_of(list(entries.values()), "--reward")
+    return settings_of(list(entries.values()), flag)
+
+
+def _is_file_name(text: str) -> bool:
+    """Rather than names of rewards, separated by commas."""
+    return Path(text).suffix in (".yaml", ".yml") or Path(text).name != text or Path(text).is_file()
 
 
 def _setting(entry, where: str) -> RewardSettings:
