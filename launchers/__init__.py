@@ -2,6 +2,7 @@
 
     python -m launchers.train --help        pretraining; launchers.grpo: the same for reward tuning
     python -m launchers.latents --help      a data set's latents; launchers.evaluate: measure a model
+    python -m launchers.curate --help       from downloaded shards to training shards
     python -m launchers.array --help        many small pieces of work, by index
     python -m launchers.status RUN          what a run is doing, and what happened to it
 

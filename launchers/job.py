@@ -101,7 +101,7 @@ def rank_command(job: dict, worker: int | None = None) -> list[str]:
         if "--resume" not in command:
             command.append("--resume")
     if worker is not None:
-        command += ["--worker", str(worker)]
+        command += [part.replace("{worker}", str(worker)) for part in job.get("worker_arguments", ["--worker", "{worker}"])]
     python, *arguments = command
     return [*shlex.split(job["site"].get("container") or ""), python, "-m", "launchers.rank", *arguments]
 

@@ -7,6 +7,7 @@ examples
 """
 
 import sys
+from pathlib import Path
 
 from launchers.submit import Work, launch
 
@@ -18,7 +19,13 @@ def check(arguments: list[str], ranks: int) -> None:
     parse_arguments(arguments)
 
 
-WORK = Work("latents", ["-m", "proxt2i.data.latents"], says="SHARDS OUT --components DIR", check=check)
+def output(arguments: list[str]) -> Path:
+    from proxt2i.data.latents import parse_arguments
+
+    return parse_arguments(arguments).out
+
+
+WORK = Work("latents", ["-m", "proxt2i.data.latents"], says="SHARDS OUT --components DIR", check=check, output=output)
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -38,6 +38,11 @@ def read_job(launch: Path) -> dict:
         raise ValueError(f"{launch / 'job.json'} cannot be read ({error}): give the folder of a run that launchers.* has started") from None
 
 
+def num_workers(job: dict) -> int:
+    """Jobs in the array; 0: one job, and no array."""
+    return job["items"]["workers"] if "items" in job else job.get("workers", 0)
+
+
 class History:
     """Rows of one worker, oldest first; several processes may append. `worker`: index in an array of jobs."""
 

@@ -15,10 +15,10 @@ import sys
 import time
 from pathlib import Path
 
-from launchers import slurm
+from launchers import progress, slurm
 from launchers.items import summary
 from launchers.job import CANCELLED, tail
-from launchers.record import LAUNCH, History, checkpoints, last_row, read_job
+from launchers.record import LAUNCH, History, checkpoints, last_row, num_workers, read_job
 
 TAIL_LINES = 12
 
@@ -27,7 +27,9 @@ def status(run_dir: Path) -> dict:
     """Everything that is known, as plain values. ValueError where `run_dir` is no run of the launchers."""
     launch = run_dir / LAUNCH
     job = read_job(launch)
-    histories = [History(launch, worker) for worker in range(job["items"]["workers"])] if "items" in job else [History(launch)]
+    if "stages" in job:
+        return _stages(run_dir, job)
+    histories = [History(launch, worker) for worker in range(num_workers(job))] or [History(launch)]
     rows = sorted((row for history in histories for row in history.rows()), key=lambda row: row["time"])
     attempts = sorted((attempt for history in histories for attempt in history.attempts()), key=lambda attempt: attempt["start"])
     numbers = [[row["job"] for row in history.rows() if row["event"] == "submitted"][-1:] for history in histories]
@@ -46,11 +48,44 @@ def status(run_dir: Path) -> dict:
         found["progress"] = _progress(run_dir)
     if "items" in job:
         found["items"] = summary(launch)
+    if "output" in job and job["kind"] == "latents":
+        found["data"] = progress.latents(Path(job["output"]))
+    found["last"] = _last_outcome(histories[0])
+    found["workers"] = [_last_outcome(history) for history in histories] if num_workers(job) and "items" not in job else []
     found["doing"] = _doing(found)
     failures = [attempt for attempt in attempts if attempt.get("outcome") in ("failed", "input")]
     if failures and attempts[-1] is failures[-1]:
         found["failure"] = _failure(launch, failures[-1])
     return found
+
+
+def _stages(run_dir: Path, job: dict) -> dict:
+    """Of a curation: each of its stages is a run of its own, in a folder below."""
+    stages = {stage: status(run_dir / stage) for stage in job["stages"] if (run_dir / stage / LAUNCH / "job.json").exists()}
+    out = Path(job["out"])
+    states = [found["doing"] for found in stages.values()]
+    failed = [stage for stage, found in stages.items() if found["doing"] in ("failed", "given up", "refused its input")]
+    doing = next((f"{stage}: {found['doing']}" for stage, found in stages.items() if found["doing"] != "finished"), "finished")
+    return {"run": str(run_dir), "kind": job["kind"], "data": job["data"], "out": job["out"], "stages": stages, "states": states,
+            "doing": f"failed in {failed[0]}" if failed else doing, "working": [number for found in stages.values() for number in found["working"]],
+            "progress": progress.curation(out, job["shards"], job["shard_size"]), "failed_shards": progress.failed_shards(out),
+            "result": _result(out / "manifest.json") if doing == "finished" else None}  # fmt: skip
+
+
+def _result(manifest: Path) -> dict | None:
+    try:
+        found = json.loads(manifest.read_text())
+        return {key: found[key] for key in ("samples_in", "samples_out", "dropped", "damaged_shards")}
+    except (OSError, ValueError, KeyError):
+        return None
+
+
+def _last_outcome(history: History) -> str | None:
+    """Of a job, since it was last submitted: finished, failed, ..., "running", or None: not started."""
+    outcome = None
+    for row in history.rows():
+        outcome = {"submitted": None, "start": "running", "end": row.get("outcome"), "given up": "given up"}.get(row["event"], outcome)
+    return outcome
 
 
 def _running(attempts: list[dict]) -> bool:
@@ -59,15 +94,28 @@ def _running(attempts: list[dict]) -> bool:
 
 def _doing(found: dict) -> str:
     """The state in a word or two: Slurm's where the job lives, the record's where it is over."""
-    last = found["attempts"][-1].get("outcome") if found["attempts"] else None
+    last = found["last"]
     if "items" in found:
         return "finished" if not found["items"]["left"] else found["state"].lower()
+    if found["workers"]:
+        return _array_doing(found)
     if last == "finished":
         return "finished"
     if found["given_up"]:
         return "cancelled" if found["given_up"] == CANCELLED else "given up"
     if last in ("input", "by hand"):
         return "refused its input" if last == "input" else "stopped by hand"
+    if found["state"] == "PENDING":
+        return "waiting in the queue" + (f" ({found['why']})" if found["why"] != "None" else "")
+    return found["state"].lower()
+
+
+def _array_doing(found: dict) -> str:
+    workers = found["workers"]
+    if all(outcome == "finished" for outcome in workers):
+        return "finished"
+    if not found["working"] and any(outcome in ("given up", "input", "failed") for outcome in workers):
+        return "failed"
     if found["state"] == "PENDING":
         return "waiting in the queue" + (f" ({found['why']})" if found["why"] != "None" else "")
     return found["state"].lower()
@@ -101,6 +149,8 @@ def _failure(launch: Path, attempt: dict) -> dict:
 
 
 def show(found: dict) -> str:
+    if "stages" in found:
+        return _show_stages(found)
     code = found["code"]
     version = f"code {code['commit'][:10]}{' with changes (launch/code.diff)' if code['dirty'] else ''}" if code["commit"] else "code without git"
     lines = [f"{found['run']}: {found['kind']}, {found['doing']}", f"  job {found['job']}, {found['ranks']} rank(s) on {found['nodes']} node(s), {version}"]
@@ -111,6 +161,8 @@ def show(found: dict) -> str:
         lines += _show_progress(found["progress"])
     if "items" in found:
         lines += _show_items(found["items"])
+    if "data" in found:
+        lines.append(f"  {_show_data(found['data'])}")
     lines.append("\n  starts" if found["attempts"] else "\n  not started yet")
     for attempt in found["attempts"]:
         end = attempt["time"] if "outcome" in attempt else time.time()
@@ -122,6 +174,29 @@ def show(found: dict) -> str:
     if "failure" in found:
         lines += [f"\n  end of {found['failure']['log']}", *(f"    {line}" for line in found["failure"]["tail"])]
     return "\n".join(lines)
+
+
+def _show_stages(found: dict) -> str:
+    lines = [f"{found['run']}: {found['kind']}, {found['doing']}", f"  {found['data']} -> {found['out']}"]
+    for stage, one in found["stages"].items():
+        lines.append(f"  {stage:<8}job {one['job']}, {one['doing']}: {_show_data(found['progress'][stage])}")
+        if one["doing"] in ("failed", "given up", "refused its input"):
+            lines += [f"    end of {one['failure']['log']}", *(f"      {line}" for line in one["failure"]["tail"])] if "failure" in one else []
+            lines.append(f"    python -m launchers.status {one['run']}")
+    lines += [f"  failed: {row['shard']} in {row['stage']}: {row['reason']}" for row in found["failed_shards"]]
+    if result := found["result"]:
+        lines.append(f"  {result['samples_out']:,} of {result['samples_in']:,} samples kept, {len(result['damaged_shards']):,} damaged shards; {found['out']}/report.html")
+        lines += [f"    {count:>12,}  {cause}" for cause, count in result["dropped"].items()]
+    return "\n".join(lines)
+
+
+def _show_data(data: dict) -> str:
+    if data["total"] == 1 and "images" not in data:
+        return "done" if data["done"] else "not done"
+    total = f" of {data['total']:,}" if data["total"] is not None else ""
+    speed = f", {data['images_per_s']:,.0f} images/s" if data["images_per_s"] and data["done"] != data["total"] else ""
+    left = f", {duration(data['seconds_left'])} left at that" if speed and data["seconds_left"] else ""
+    return f"{data['done']:,}{total} shards, {data['images']:,} images{speed}{left}"
 
 
 def _show_progress(progress: dict) -> list[str]:

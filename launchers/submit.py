@@ -19,7 +19,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from launchers import slurm
-from launchers.record import LAUNCH, ROOT, History, code_version, write
+from launchers.record import LAUNCH, ROOT, History, code_version, num_workers, write
 from launchers.site import Site, load_site
 
 DEFAULT_MINUTES = 24 * 60
@@ -42,6 +42,7 @@ class Work:
     one_rank: bool = False
     run_dir: Callable[[list[str], int], Path] | None = None  # from the user's arguments; None: --run
     check: Callable[[list[str], int], None] | None = None  # raises ValueError, or exits with a message, where the job would
+    output: Callable[[list[str]], Path] | None = None  # where launchers.progress finds how far it is
 
 
 def add_options(parser: argparse.ArgumentParser, work: Work) -> None:
@@ -80,6 +81,24 @@ def launch(work: Work, description: str, argv: list[str] | None = None, more_opt
 
     An array's front end adds options, items_of(given, arguments), its part of job.json, and wait(run_dir) for --wait.
     """
+    try:
+        given, arguments = parse(work, description, argv, more_options)
+        plan = make_plan(work, given, arguments, items_of(given, arguments) if items_of else None)
+        if given.local:
+            return run_here(work, plan)
+        if given.dry_run:
+            print(script(plan))
+            return 0
+        number = queue(plan)
+        print(f"queued as job {number}\n  what it does:  python -m launchers.status {plan.run_dir}\n  save and stop: scancel --signal=INT {number}")
+        return wait(plan.run_dir) if wait and given.wait else 0
+    except (ValueError, RuntimeError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+
+
+def parse(work: Work, description: str, argv: list[str] | None, more_options=None) -> tuple[argparse.Namespace, list[str]]:
+    """(the launcher's own options, what followed `--`). ValueError where one of them cannot be meant."""
     parser = argparse.ArgumentParser(f"python -m launchers.{work.name}", description=description, epilog=OPTIONS, allow_abbrev=False,
                                      formatter_class=argparse.RawDescriptionHelpFormatter, usage=f"%(prog)s [options] -- {work.says}")
     if more_options:
@@ -88,22 +107,11 @@ def launch(work: Work, description: str, argv: list[str] | None = None, more_opt
     argv = sys.argv[1:] if argv is None else argv
     at = argv.index("--") if "--" in argv else len(argv)
     (given, strange), arguments = parser.parse_known_args(argv[:at]), argv[at + 1:]
-    try:
-        if at == len(argv):
-            raise ValueError(f"`--` is missing: what follows it goes to the command itself, like: python -m launchers.{work.name} [options] -- {work.says}")
-        if strange:
-            raise ValueError(f"unknown option {strange[0]}; an argument of the command itself goes behind `--`, and --help lists the launcher's own")
-        plan = make_plan(work, given, arguments, items_of(given, arguments) if items_of else None)
-        if given.local:
-            return run_here(work, plan)
-        if given.dry_run:
-            print(script(plan))
-            return 0
-        queue(plan)
-        return wait(plan.run_dir) if wait and given.wait else 0
-    except (ValueError, RuntimeError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    if at == len(argv):
+        raise ValueError(f"`--` is missing: what follows it goes to the command itself, like: python -m launchers.{work.name} [options] -- {work.says}")
+    if strange:
+        raise ValueError(f"unknown option {strange[0]}; an argument of the command itself goes behind `--`, and --help lists the launcher's own")
+    return given, arguments
 
 
 @dataclass(frozen=True)
@@ -117,7 +125,7 @@ class Plan:
     @property
     def workers(self) -> int:
         """Jobs in the array; 0: one job, and no array."""
-        return self.job["items"]["workers"] if "items" in self.job else 0
+        return num_workers(self.job)
 
 
 def make_plan(work: Work, given: argparse.Namespace, arguments: list[str], items: dict | None) -> Plan:
@@ -146,6 +154,9 @@ def make_plan(work: Work, given: argparse.Namespace, arguments: list[str], items
            "command": [site.python or sys.executable, *work.arguments, *([str(run_dir)] if items else arguments)]}  # fmt: skip
     if items:
         job["items"] = items
+    if work.output:
+        with contextlib.suppress(ImportError):  # with --no-check on a machine without torch
+            job["output"] = str(work.output(arguments).resolve())
     sbatch = {} if given.local else sbatch_parameters(site, job, partition, minutes, given.signal_before, given.name or run_dir.name)
     if items and given.at_once:
         sbatch["array_parallelism"] = given.at_once
@@ -254,7 +265,8 @@ def script(plan: Plan) -> str:
     return executor._make_submission_file_text(executor._submitit_command_str, "")
 
 
-def queue(plan: Plan) -> None:
+def queue(plan: Plan) -> str:
+    """The job's number."""
     from launchers.job import supervise
 
     launch, executor = prepare(plan), _executor(plan)
@@ -264,8 +276,7 @@ def queue(plan: Plan) -> None:
         jobs = [executor.submit(supervise, str(launch))]
     for worker, job in enumerate(jobs):
         History(launch, worker if plan.workers else None).add("submitted", job=job.job_id)
-    number = jobs[0].job_id.split("_")[0]
-    print(f"queued as job {number}\n  what it does:  python -m launchers.status {plan.run_dir}\n  save and stop: scancel --signal=INT {number}")
+    return jobs[0].job_id.split("_")[0]
 
 
 def run_here(work: Work, plan: Plan) -> int:

@@ -2,7 +2,9 @@
 
 import io
 import json
+import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -151,6 +153,23 @@ def test_only_what_depends_on_a_change_is_made_again(faulty, tmp_path, capsys):
     assert curate(shards, out, *SMALL, "run.workers=1") == 0
 
 
+def test_a_shard_that_cannot_be_read_is_tried_again_and_named_and_the_others_go_on(faulty, curated, tmp_path, capsys, monkeypatch):
+    """Reading /proc/self/mem at its beginning is an I/O error, of the kind that a bad disk gives."""
+    monkeypatch.setattr("proxt2i.curation.run.PAUSE_S", 0.05)
+    shards, out, record = tmp_path / "shards", tmp_path / "out", tmp_path / "out" / "work" / "failed" / "scan-00005.json"
+    shutil.copytree(faulty[0], shards, copy_function=os.link)
+    (shards / "00005.tar").unlink()
+    (shards / "00005.tar").symlink_to("/proc/self/mem")
+    assert curate(shards, out, *SMALL, "run.workers=1") == 2
+    said = capsys.readouterr().err
+    assert "1 shards could not be treated after 3 tries" in said and "00005: [Errno 5]" in said
+    assert len(list((out / "work" / "scan").glob("*.npy"))) == 7 and json.loads(record.read_text())["shard"] == "00005"
+    (shards / "00005.tar").unlink()
+    os.link(faulty[0] / "00005.tar", shards / "00005.tar")
+    assert curate(shards, out, *SMALL, "run.workers=1") == 0 and not record.exists()
+    assert {name: data for name, data in files_of(out).items() if name.endswith(".tar")} == {name: data for name, data in files_of(curated).items() if name.endswith(".tar")}
+
+
 # -- a folder of images -----------------------------------------------------------------------------------------------
 
 
@@ -176,44 +195,105 @@ def test_a_folder_of_images(tmp_path):
 
 
 def table(rng, count, clusters):
-    """Records with hashes in `clusters` groups of near neighbours."""
+    """Records with hashes in `clusters` groups of near neighbours, some of which are mirror images."""
+    def flipped(values, times):
+        for _ in range(times):
+            values = values ^ np.where(rng.random(len(values)) < 0.5, np.uint64(1) << rng.integers(0, 64, len(values)).astype(np.uint64), np.uint64(0))
+        return values
+
     rows = np.zeros(count, record_dtype(8))
-    centers = rng.integers(0, 2**63, clusters, dtype=np.uint64)
-    rows["phash"] = centers[rng.integers(0, clusters, count)]
-    for _ in range(4):
-        flips = np.uint64(1) << rng.integers(0, 64, count).astype(np.uint64)
-        rows["phash"] ^= np.where(rng.random(count) < 0.5, flips, np.uint64(0))
+    centers, of = rng.integers(0, 2**63, (clusters, 2, 3), dtype=np.uint64), rng.integers(0, clusters, count)
+    turned = rng.random(count) < 0.3
+    for side in range(2):
+        for kind in (0, 2):
+            rows["hashes"][:, side, kind] = flipped(np.where(turned, centers[of, 1 - side, kind], centers[of, side, kind]), 10)
+        rows["hashes"][:, side, 1] = sum(np.uint64(1) << (rng.integers(0, 8, count) + 16 * band + 8 * half).astype(np.uint64) for band in range(4) for half in (0, 1))
     rows["sha256"] = rng.integers(0, 256, (count, 32))
-    copies = rng.integers(0, count, count // 5)
-    for name in ("sha256", "phash"):
-        rows[name][rng.integers(0, count, count // 5)] = rows[name][copies]
     rows["width"], rows["height"] = rng.integers(10, 13, (2, count))
-    rows["thumb"] = rng.integers(0, 8, (count, 192))
+    looks = rng.integers(0, 256, (clusters, 8, 8, 3))
+    thumbs = np.where(turned[:, None, None, None], looks[of][:, :, ::-1], looks[of]) * 0.8 + rng.integers(0, 20, (count, 1, 1, 1)) + rng.normal(0, rng.uniform(0, 9, (count, 1, 1, 1)), (count, 8, 8, 3))
+    rows["thumb"] = thumbs.clip(0, 255).reshape(count, 192)
+    for names in (["sha256"], ["hashes", "thumb"]):
+        copies, to = rng.integers(0, count, (2, count // 5))
+        for name in names:
+            rows[name][to] = rows[name][copies]
     rows["key_hash"] = rng.integers(0, count * 4, count)
     return rows
 
 
-@pytest.mark.parametrize("distance", [0, 3, 5])
-def test_duplicates_are_those_of_the_plain_definition(tmp_path, distance):
+def plainly_near(one, other, distance, color, mirrored) -> bool:
+    """By the definition at the head of dedup.py, with Python's integers."""
+    def alike(a, b, thumb_a, thumb_b):
+        (hash_a, unsure_a, growing_a), (hash_b, unsure_b, growing_b) = (list(map(int, x)) for x in (a, b))
+        differ = hash_a ^ hash_b
+        band = any(not (differ & ~(unsure_a | unsure_b)) >> 16 * n & 0xFFFF for n in range(4))
+        if not band or differ.bit_count() > 1.5 * distance or (growing_a ^ growing_b).bit_count() > distance * 5 // 4:
+            return False
+        found = dedup.difference(thumb_a[None].astype(np.float32), thumb_b.astype(np.float32))[0]
+        return found <= (color if differ.bit_count() <= distance else 0.25 * color)
+
+    (plain_a, mirrored_a), (plain_b, mirrored_b) = one["hashes"], other["hashes"]
+    thumb = dedup.mirror(one["thumb"])
+    return alike(plain_a, plain_b, one["thumb"], other["thumb"]) or (mirrored and (
+        alike(mirrored_a, plain_b, thumb, other["thumb"]) or alike(plain_a, mirrored_b, thumb, other["thumb"])))
+
+
+@pytest.mark.parametrize("distance, mirrored, part", [(0, True, 10**6), (8, False, 10**6), (16, True, 300)])
+def test_duplicates_are_those_of_the_plain_definition(tmp_path, monkeypatch, distance, mirrored, part):
     """Greedy over all pairs in order of rank, first by bytes, then by looks."""
-    rng = np.random.default_rng(distance)
-    rows, color = table(rng, 600, 120), 2.6
-    found = dedup.find_duplicates([(0, rows[:250]), (1, rows[250:])], tmp_path / "db", distance=distance, color=color, placeholder_repeats=0)
+    rng, color = np.random.default_rng(distance), 6.0
+    rows = table(rng, 300, 60)
+    monkeypatch.setattr(dedup, "PART", part)
+    found = dedup.find_duplicates([(0, rows[:120]), (1, rows[120:])], tmp_path / "db", distance=distance, color=color, mirrored=mirrored, placeholder_repeats=0)
     order = sorted(range(len(rows)), key=lambda i: (-int(rows["width"][i]) * int(rows["height"][i]), i))
     codes, shas = np.zeros(len(rows), int), set()
     for i in order:
         if rows["sha256"][i].tobytes() in shas:
             codes[i] = dedup.EXACT
         shas.add(rows["sha256"][i].tobytes())
-    thumbs = rows["thumb"].astype(int)
-    for limit in (0, distance):  # equal hashes first
-        for n, i in enumerate(order):
-            for j in order[:n]:
-                if codes[i] == codes[j] == 0 and (int(rows["phash"][i]) ^ int(rows["phash"][j])).bit_count() <= limit and np.abs(thumbs[i] - thumbs[j]).mean() <= color:
+    for n, i in enumerate(order):  # equal hashes first
+        for j in order[:n]:
+            if codes[i] == codes[j] == 0 and rows["hashes"][i, 0, 0] == rows["hashes"][j, 0, 0]:
+                if dedup.difference(rows["thumb"][[j]].astype(np.float32), rows["thumb"][i].astype(np.float32))[0] <= color:
                     codes[i] = dedup.NEAR
-                    break
-    assert (found.codes == codes).all() and {0, 1, 2} == set(codes)
+    for n, i in enumerate(order if distance else []):
+        for j in order[:n]:
+            if codes[i] == codes[j] == 0 and plainly_near(rows[i], rows[j], distance, color, mirrored):
+                codes[i] = dedup.NEAR
+                break
+    assert (found.codes == codes).all(), np.flatnonzero(found.codes != codes)
+    assert (codes == dedup.NEAR).sum() > (20 if distance else 2) and (codes == 0).sum() > 50
     assert not list(tmp_path.iterdir())
+
+
+def altered(image, rng):
+    """What becomes of pictures as they wander through the web: {name: the picture again}."""
+    def small_crop(share):
+        width, height = (round(side * (1 - share)) for side in image.size)
+        x, y = int(rng.integers(image.width - width + 1)), int(rng.integers(image.height - height + 1))
+        return image.crop((x, y, x + width, y + height))
+
+    return {"half the size": image.resize((image.width // 2, image.height // 2), Image.Resampling.LANCZOS), "JPEG at quality 30": Image.open(io.BytesIO(encoded(image, quality=30))),
+            "mirrored": image.transpose(Image.Transpose.FLIP_LEFT_RIGHT), "darker": image.point(lambda value: value * 0.75), "crop": small_crop(0.01)}
+
+
+def test_altered_copies_are_found_and_others_are_not(tmp_path):
+    rng, folder = np.random.default_rng(3), tmp_path / "images"
+    folder.mkdir()
+    for number in range(12):
+        soft = Image.fromarray(rng.integers(0, 256, (int(rng.integers(3, 10)), int(rng.integers(3, 10)), 3), dtype=np.uint8)).resize((200, 160), Image.Resampling.BICUBIC)
+        for name, image in {"": soft, **altered(soft, rng)}.items():
+            (folder / f"{number}{name}.jpg").write_bytes(encoded(image, quality=88))
+            (folder / f"{number}{name}.txt").write_text(f"{number}")
+    assert curate(folder, tmp_path / "out", *SMALL, "run.workers=1", "write.held_out=0") == 0
+    captions = sorted(int(line) for line in read_texts(tmp_path / "out"))
+    assert captions == list(range(12))
+
+
+def read_texts(out):
+    for path in sorted(out.glob("*/*.tar")):
+        dataset = ShardDataset(index_shards(path), 32)
+        yield from (dataset[i]["caption"] for i in range(len(dataset)))
 
 
 def test_bytes_that_repeat_often_are_a_placeholder(tmp_path):
@@ -252,6 +332,8 @@ def test_filters(tmp_path):
     webp = bytearray(encoded(image, "WEBP", lossless=True, icc_profile=b"x" * 200))
     webp[24:30] = b"\xfe\x3f\0\xfe\x3f\0"  # 16383 x 16383 in the header of the canvas
     assert webp[12:16] == b"VP8X" and look(tmp_path, bytes(webp), extension="webp").cause == "more pixels than allowed"
+    for whole in (data, encoded(image, "PNG"), encoded(image, "WEBP")):
+        assert {look(tmp_path, whole[:share * len(whole) // 100]).cause for share in (3, 12, 50, 90)} == {"image is cut short"}
     grey = Image.fromarray((np.arange(6400, dtype=np.uint16) * 10).reshape(80, 80))
     for odd in (encoded(grey, "PNG"), encoded(image.convert("P"), "PNG"), encoded(image.convert("RGBA"), "PNG"), encoded(image.convert("L"))):
         assert look(tmp_path, odd, extension="png").cause == ""
@@ -264,7 +346,7 @@ def test_a_picture_has_one_hash_however_it_is_stored(tmp_path, turn):
     exif = Image.Exif()
     exif[0x0112] = turn
     one, other = look(tmp_path, encoded(image, quality=95), crop=16), look(tmp_path, encoded(stored, quality=95, exif=exif), crop=16)
-    assert other.size == (96, 64) and (one.phash ^ other.phash).bit_count() <= 3
+    assert other.size == (96, 64) and int(one.hashes[0, 0] ^ other.hashes[0, 0]).bit_count() <= 3
     assert np.abs(one.crop.astype(int) - other.crop).mean() < 4 and other.repairs == (turn != 1)
     extension, data = pictures.repaired(encoded(stored, quality=95, exif=exif), other.repairs, 10**6)
     assert np.abs(np.asarray(Image.open(io.BytesIO(data))).astype(int) - np.asarray(image)).mean() < 8
@@ -293,7 +375,7 @@ def test_bad_input_is_said_before_work(faulty, curated, tmp_path, capsys, monkey
         ([faulty[0], tmp_path / "o", "--stage", "filter"], "there are scan, dedup, caption, write, merge"),
         ([faulty[0], tmp_path / "o", "--task-index", "3", "--task-count", "3", "--stage", "scan"], "between 0 and"),
         ([faulty[0], tmp_path / "o", "--task-index", "0", "--task-count", "3"], "name a --stage"),
-        ([faulty[0], tmp_path / "o", "filter.min_shrt=3"], "did you mean filter.min_short?"), ([faulty[0], tmp_path / "o", "dedup.distance=9"], "between 0 and 7"),
+        ([faulty[0], tmp_path / "o", "filter.min_shrt=3"], "did you mean filter.min_short?"), ([faulty[0], tmp_path / "o", "dedup.distance=21"], "between 0 and 20"),
         ([faulty[0], tmp_path / "o", "filter.placeholders=/no/such"], "does not exist"),
         ([faulty[0], tmp_path / "o", f"caption.model={empty}"], "hf download Qwen/Qwen2.5-VL-7B-Instruct"),
         ([faulty[0], tmp_path / "o", "aesthetic.reward=aesthetic", f"aesthetic.path={empty}"], "improved-aesthetic-predictor"),
@@ -322,6 +404,10 @@ def test_units_do_not_depend_on_the_file_system(tmp_path):
     for name in names:
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_bytes(b"x")
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "0.tar").symlink_to("nowhere")
+    with pytest.raises(ValueError, match="0.tar is no file"):
+        find_units(tmp_path / "other", 4)
     units = find_units(tmp_path, 4)
     assert [key for unit in units for key in unit.keys] == sorted(name[:-4] for name in names) and [len(unit.files) for unit in units] == [4, 4, 1]
     assert all(raw.spans[IMAGE][2] == 1 for unit in units for raw in unit.list().samples)

@@ -11,11 +11,12 @@ import pytest
 from runs import ROOT, overrides
 
 import launchers.array
+import launchers.curate
 import launchers.evaluate
 import launchers.latents
 import launchers.status
 import launchers.train
-from launchers import items, job, slurm
+from launchers import items, job, progress, slurm
 from launchers.record import History, images_reached
 from launchers.site import Site, load_site
 from proxt2i.training.slurm import adopt_slurm_ranks
@@ -200,6 +201,68 @@ def test_everything_wrong_is_said_before_anything_is_queued(settings, tmp_path, 
     assert "give int values" in capsys.readouterr().err
     monkeypatch.setenv("PATH", str(tmp_path))
     assert "no sbatch on PATH" in refused(launchers.latents, "--", "shards", "out") and "--local" in refused(launchers.latents, "--", "shards", "out")
+
+
+def test_a_wrong_curation_is_refused_before_anything_is_queued(tmp_path, monkeypatch, capsys):
+    shards, out = tmp_path / "shards", tmp_path / "out"
+    shards.mkdir()
+
+    def refused(*arguments):
+        assert launchers.curate.main(["--run", str(tmp_path / "run"), *map(str, arguments)]) == 2
+        assert not (tmp_path / "run").exists() and not out.exists()
+        return capsys.readouterr().err
+
+    assert "neither .tar shards nor" in refused("--", shards, out)
+    (shards / "00000.tar").touch()
+    assert "are the launcher's to give" in refused("--", shards, out, "--stage", "scan")
+    assert "did you mean filter.min_short?" in refused("--", shards, out, "filter.min_shrt=3")
+    assert "hf download Qwen/Qwen2.5-VL-7B-Instruct" in refused("--", shards, out, "caption.model=/no/such")
+    assert "is not empty and holds no curation" in refused("--", shards, tmp_path)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert "no sbatch on PATH" in refused("--", shards, out)
+    assert "at least 1" in refused("--jobs", "0", "--", shards, out)
+
+
+# -- how far data jobs are --
+
+
+def test_progress_is_counted_in_finished_files(tmp_path, monkeypatch):
+    def finished(path, at, **values):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(values))
+        os.utime(path, (1000 + at, 1000 + at))
+
+    for number in range(3):
+        finished(tmp_path / "work" / "scan" / f"{number:05d}.json", 10 * number, samples=100)
+    (tmp_path / "work" / "scan" / "00003.json").write_text("{")
+    found = progress.curation(tmp_path, 5, 20)
+    assert found["scan"] == {"done": 3, "total": 5, "images": 300, "images_per_s": 10.0, "seconds_left": 20.0}
+    assert found["write"]["total"] is None and found["caption"]["done"] == 0 and not found["merge"]["done"]
+    for number in range(5):
+        finished(tmp_path / "work" / "caption" / f"{number:05d}.json", number, splits={"train": 9, "held_out": 1})
+    assert progress.curation(tmp_path, 5, 20)["write"]["total"] == 3 + 1
+    finished(tmp_path / "latents" / "about.json", 0, source={"shards": 4, "samples": 400})
+    finished(tmp_path / "latents" / "00002.json", 0, counts=[60, 39])
+    assert progress.latents(tmp_path / "latents") == {"done": 1, "total": 4, "images": 99, "images_per_s": None, "seconds_left": None}
+
+    run = tmp_path / "run"
+    (run / "launch").mkdir(parents=True)
+    parts = {"kind": "latents", "run_dir": str(run), "code": {"commit": None, "dirty": None}, "nodes": 1, "tasks_per_node": 2, "resumes": False}
+    (run / "launch" / "job.json").write_text(json.dumps({**parts, "output": str(tmp_path / "latents")}))
+    assert "1 of 4 shards, 99 images" in launchers.status.show(launchers.status.status(run))
+    (tmp_path / "work" / "failed").mkdir()
+    finished(tmp_path / "work" / "failed" / "scan-00004.json", 0, stage="scan", shard="00004", reason="[Errno 5] Input/output error")
+    (run / "launch" / "job.json").write_text(json.dumps({"kind": "curate", "stages": ["scan"], "data": "in", "out": str(tmp_path), "shards": 5, "shard_size": 20}))
+    (run / "scan" / "launch").mkdir(parents=True)
+    (run / "scan" / "launch" / "job.json").write_text(json.dumps({**parts, "kind": "curate", "workers": 2, "run_dir": str(run / "scan")}))
+    for worker, outcome in enumerate(("finished", "input")):
+        history = History(run / "scan" / "launch", worker)
+        history.add("submitted", job=f"7_{worker}")
+        history.add("start", job=f"{8 + worker}", restart=0, nodes="n1", logs=f"{8 + worker}-0", images=0)
+        history.add("end", outcome=outcome, reason="because", images=0)
+    monkeypatch.setenv("PATH", str(tmp_path))  # no Slurm to ask
+    said = launchers.status.show(launchers.status.status(run))
+    assert "curate, failed in scan" in said and "3 of 5 shards, 300 images, 10 images/s, 20 s left" in said and "failed: 00004 in scan: [Errno 5]" in said, said
 
 
 # -- here, without Slurm ----------------------------------------------------------------------------------------------

@@ -7,8 +7,12 @@ import time
 from pathlib import Path
 
 import pytest
+from faulty_shards import write_faulty_shards
 from runs import BareRanks, assert_same_checkpoint, overrides
 from slurm_jobs import MISSING, Job, cluster, python, requeue, run_all, signals, slurm  # noqa: F401: cluster is a fixture
+from test_curation import files_of
+
+import launchers.curate
 
 pytestmark = pytest.mark.skipif(bool(MISSING), reason=f"no {', '.join(MISSING)} here: apt-get install slurm-wlm munge")
 LENGTH = dict(train__images=2400, train__log_every=80, train__checkpoint_every=800, train__threads=1, sample__every=0)
@@ -59,6 +63,43 @@ def test_an_array_names_its_poisoned_items(cluster, tmp_path):
     assert [(item["index"], item["item"], item["tries"]) for item in failed] == [(7, "item-7", 2), (16, "item-16", 2)]
     assert Path(failed[0]["log"]).read_text() == "item-7\nitem-7\n"
     assert (tmp_path / "run" / "items" / "000003.log").read_text() == "item-3\n"
+
+
+def test_a_curation_in_stages_names_a_bad_shard_and_goes_on_when_it_is_repaired(cluster, tmp_path):
+    """Two jobs share the shards of each stage; the result has the bytes of one process's."""
+    shards, out, run = tmp_path / "shards", tmp_path / "out", tmp_path / "run"
+    write_faulty_shards(shards, 60, per_shard=15, short=64)
+    settings = ["filter.min_short=64", "write.shard_size=20", "write.held_out=0.1", "run.workers=1"]
+
+    def curate(out, *launcher, check=True):
+        return python("launchers.curate", *launcher, "--", shards, out, *settings, check=check)
+
+    curate(tmp_path / "straight", "--local")
+    (shards / "00002.tar").rename(tmp_path / "good.tar")
+    (shards / "00002.tar").symlink_to("/proc/self/mem")  # every read of it is an I/O error
+    first = curate(out, "--jobs", 2, "--run", run, "--wait", check=False)
+    assert first.returncode == 1 and "curate, failed in scan" in first.stdout and "failed: 00002 in scan: [Errno 5]" in first.stdout, first.stdout + first.stderr
+    assert len(list((out / "work" / "scan").glob("*.npy"))) == 3 and not (out / "manifest.json").exists()
+    (shards / "00002.tar").unlink()
+    (tmp_path / "good.tar").rename(shards / "00002.tar")
+    second = curate(out, "--jobs", 2, "--run", run, "--wait")
+    assert "curate, finished" in second.stdout and "of 60 samples kept" in second.stdout and "4 of 4 shards" in second.stdout, second.stdout
+    one, other = files_of(tmp_path / "straight"), files_of(out)
+    assert [name for name in one if name.endswith(".tar")] and all(one[name] == other[name] for name in one if name.endswith(".tar"))
+    assert json.loads(one["manifest.json"]) == json.loads(other["manifest.json"])
+
+
+def test_a_curations_scripts_can_be_looked_at(cluster, tmp_path, capsys):
+    (tmp_path / "shards").mkdir()
+    for number in range(5):
+        (tmp_path / "shards" / f"{number}.tar").touch()
+    options = ["--dry-run", "--jobs", "9", "--at-once", "2", "--gpus-per-node", "1", "--cpu-partition", "one", "--run", str(tmp_path / "run")]
+    assert launchers.curate.main([*options, "--", str(tmp_path / "shards"), str(tmp_path / "out"), "aesthetic.reward=aesthetic"]) == 0
+    scan, dedup, caption, write, merge = capsys.readouterr().out.split("# ---- ")[1:]
+    assert "--array=0-4%2" in scan and "--gpus-per-node=1" in scan and "--partition=tiny" in scan and "dependency" not in scan
+    assert "--array" not in dedup and "--dependency=afterok:JOB_OF_SCAN" in dedup and "--kill-on-invalid-dep=yes" in dedup and "--partition=one" in dedup
+    assert "--array=0-4%2" in caption and "gpus" not in caption and "afterok:JOB_OF_CAPTION" in write and "afterok:JOB_OF_WRITE" in merge
+    assert not (tmp_path / "run").exists() and not (tmp_path / "out").exists()
 
 
 def test_what_the_cluster_cannot_give_is_refused_with_what_it_has(cluster, settings, tmp_path):

@@ -61,8 +61,8 @@ def main(argv: list[str] | None = None) -> int:
         run = Run(args.data, args.out, load_curation(args.config, args.overrides), task, tasks, args.quiet)
         summary = run_stages(run, (args.stage,) if args.stage else STAGES)
     except (ValueError, OSError, RuntimeError) as error:
-        print(f"proxt2i.curation: error: {error}", file=sys.stderr)
-        return 2
+        print(f"error: proxt2i.curation: {error}", file=sys.stderr)
+        return 2 if isinstance(error, ValueError) else 1  # 2: to try again is of no use
     except KeyboardInterrupt:
         print("proxt2i.curation: interrupted; the same command goes on from here", file=sys.stderr)
         return 128 + signal.SIGINT

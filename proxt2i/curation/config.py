@@ -43,8 +43,9 @@ class FilterConfig:
 class DedupConfig:
     exact: bool = True  # keep one of several images with the same bytes
     near: bool = True  # keep one of several images that look the same
-    distance: int = 4  # bits of the 64 of two perceptual hashes that may differ for two images to look the same (0 to 7; as a rule an even number differs)
-    color: float = 6.0  # and mean difference of their 8x8 colour thumbnails at most (levels of 255)
+    distance: int = 16  # bits of the 64 of two perceptual hashes that may differ for two images to look the same (0 to 20; as a rule an even number differs)
+    color: float = 6.0  # and mean difference of their 8x8 colour thumbnails at most, after the best change of brightness and contrast (levels of 255)
+    mirrored: bool = True  # a mirror image looks the same
 
 
 @dataclass
@@ -176,8 +177,8 @@ def validate(c: Curation) -> None:
             raise ValueError(f"{key} must not be negative, got {value}")
     if not c.filter.max_aspect >= 1:
         raise ValueError(f"filter.max_aspect is long edge / short edge, at least 1; got {c.filter.max_aspect}")
-    if not 0 <= c.dedup.distance <= 7:
-        raise ValueError(f"dedup.distance must lie between 0 and 7 (bits of 64), got {c.dedup.distance}")
+    if not 0 <= c.dedup.distance <= 20:
+        raise ValueError(f"dedup.distance must lie between 0 and 20 (bits of 64), got {c.dedup.distance}")
     if not 0 <= c.write.held_out < 1:
         raise ValueError(f"write.held_out is a share in [0, 1), got {c.write.held_out}")
     if c.write.image_size % c.write.bucket_step:

@@ -64,7 +64,7 @@ class Inspection:
     size: tuple[int, int] | None = None  # (width, height), upright
     repairs: int = 0  # bits, see REPAIRS
     sha256: bytes = b""  # of the image file
-    phash: int = 0  # 64-bit perceptual hash
+    hashes: np.ndarray | None = None  # uint64 [2, 3]: of the picture and of its mirror image, see perceptual_hashes
     thumb: bytes = b""  # uint8 [8, 8, 3]
     hands: int = -1  # as the JSON says: 1 yes, 0 no, -1 it does not say
     caption: str = ""
@@ -76,9 +76,13 @@ class Unusable(Exception):
     """Why a sample is dropped."""
 
 
-def inspect_chunk(chunk: Chunk) -> list[Inspection]:
-    with Files(chunk.files) as files:
-        return [inspect(files, raw, chunk.rules) for raw in chunk.samples]
+def inspect_chunk(chunk: Chunk) -> list[Inspection] | OSError:
+    """An OSError is a result here: it concerns the shard, not the run."""
+    try:
+        with Files(chunk.files) as files:
+            return [inspect(files, raw, chunk.rules) for raw in chunk.samples]
+    except OSError as error:
+        return error
 
 
 def crashed(chunk: Chunk) -> list[Inspection]:
@@ -289,9 +293,9 @@ def one_large_picture_at_a_time(image: Image.Image):
 
 
 def _broken(data: bytes, kind: str) -> str:
-    if kind == "WEBP" and int.from_bytes(data[4:8], "little") + 8 > len(data):
-        return "image is cut short"
-    return "image cannot be decoded"
+    """Why a picture cannot be opened: most such files end before their formats' end marks."""
+    ends = {"WEBP": int.from_bytes(data[4:8], "little") + 8 <= len(data), "JPEG": b"\xff\xd9" in data[-64:], "PNG": b"IEND" in data[-64:]}
+    return "image cannot be decoded" if ends[kind] else "image is cut short"
 
 
 def orientation(image: Image.Image) -> int:
@@ -344,21 +348,38 @@ def describe(image: Image.Image, found: Inspection, crop: int) -> None:
             found.crop = np.asarray(upright(ImageOps.fit(rgb, (crop, crop), Image.Resampling.BICUBIC), turn))
     except Exception as error:  # conversions of odd modes
         raise Unusable("image cannot be decoded") from error
-    found.phash = perceptual_hash(small)
+    found.hashes = perceptual_hashes(small)
     found.thumb = small.reshape(THUMB, SMALL // THUMB, THUMB, SMALL // THUMB, 3).mean((1, 3)).round().astype(np.uint8).tobytes()
 
 
 _COSINES = np.cos(np.pi / SMALL * (np.arange(SMALL) + 0.5) * np.arange(8)[:, None])  # float64 [8, 32]: the lowest rows of the DCT-II
 _LUMA = np.array([0.299, 0.587, 0.114])
+_ZIGZAG = np.array(sorted(range(64), key=lambda i: (i // 8 + i % 8, i)))  # low frequencies first
+_MIRROR = np.where(np.arange(64)[_ZIGZAG] % 2, -1.0, 1.0)  # sign of each coefficient in the mirror image
+BANDS = 4  # of 16 bits each; the first has the lowest frequencies, which change least
+UNSURE = 2  # bits a band
+_EDGES = np.linspace(0, SMALL, 10)
+_COLUMNS = np.clip(np.minimum(np.arange(SMALL)[:, None] + 1, _EDGES[1:]) - np.maximum(np.arange(SMALL)[:, None], _EDGES[:-1]), 0, None)  # [32, 9]: overlaps
 
 
-def perceptual_hash(small: np.ndarray) -> int:
-    """uint8 [32, 32, 3] -> 64 bits: which of the 8x8 lowest DCT coefficients of the luma lie above their median (pHash; without the mean's own)."""
-    coefficients = _COSINES @ (small @ _LUMA) @ _COSINES.T
-    flat = coefficients.ravel()
-    bits = flat > np.median(flat[1:])
-    bits[0] = False
-    return int.from_bytes(np.packbits(bits).tobytes(), "big")
+def perceptual_hashes(small: np.ndarray) -> np.ndarray:
+    """uint8 [32, 32, 3] -> uint64 [2, 3], of the picture and of its mirror image: (pHash, its unsure bits, difference hash).
+
+    pHash: bit i tells whether coefficient i of the 8x8 lowest ones of the luma's DCT lies above their median (bit 0, the mean's, is 0). Unsure
+    are the two bits of each 16 whose coefficients lie nearest to the median: what scaling and compression turn over first. The difference
+    hash tells for 8x8 places whether the luma grows to the right.
+    """
+    luma = small @ _LUMA
+    coefficients = (_COSINES @ luma @ _COSINES.T).ravel()[_ZIGZAG]
+    values = np.stack([coefficients, coefficients * _MIRROR])
+    values -= np.partition(values[:, 1:], 31, axis=1)[:, 31:32]  # the median of 63
+    values[:, 0] = -np.inf
+    nearest = np.abs(values).reshape(2 * BANDS, -1).argsort(1, kind="stable")[:, :UNSURE].astype(np.uint16)
+    rows = luma.reshape(8, SMALL // 8, SMALL).mean(1) @ _COLUMNS
+    growing = np.stack([rows[:, 1:] > rows[:, :-1], rows[:, -2::-1] > rows[:, :0:-1]])
+    bits = np.packbits(np.concatenate([values > 0, growing.reshape(2, 64)]), axis=1, bitorder="little").view("<u8")[:, 0]
+    unsure = np.bitwise_or.reduce(np.left_shift(np.uint16(1), nearest), 1).astype("<u2").view("<u8")
+    return np.stack([bits[:2], unsure, bits[2:]], 1).astype(np.uint64)
 
 
 # -- the picture itself, for captions and for writing -----------------------------------------------------------------
@@ -395,14 +416,21 @@ class Shown:
     max_pixels: int
 
 
-def show_chunk(chunk: Shown) -> list[np.ndarray]:
-    """uint8 [H, W, 3] of each."""
+def show_chunk(chunk: Shown) -> list[np.ndarray] | OSError:
+    """uint8 [H, W, 3] of each; an OSError as in inspect_chunk."""
+    try:
+        with Files(chunk.files) as files:
+            return _show(files, chunk)
+    except OSError as error:
+        return error
+
+
+def _show(files: Files, chunk: Shown) -> list[np.ndarray]:
     arrays = []
-    with Files(chunk.files) as files:
-        for span in chunk.spans:
-            image = full_picture(files.read(span), chunk.max_pixels, round((1.5 * chunk.shown_pixels) ** 0.5))
-            scale = (1.5 * chunk.shown_pixels / (image.width * image.height)) ** 0.5
-            if scale < 1:
-                image = image.resize((max(1, round(image.width * scale)), max(1, round(image.height * scale))), Image.Resampling.BICUBIC)
-            arrays.append(np.asarray(image))
+    for span in chunk.spans:
+        image = full_picture(files.read(span), chunk.max_pixels, round((1.5 * chunk.shown_pixels) ** 0.5))
+        scale = (1.5 * chunk.shown_pixels / (image.width * image.height)) ** 0.5
+        if scale < 1:
+            image = image.resize((max(1, round(image.width * scale)), max(1, round(image.height * scale))), Image.Resampling.BICUBIC)
+        arrays.append(np.asarray(image))
     return arrays

@@ -6,6 +6,7 @@ import base64
 import io
 import json
 import platform
+import shutil
 from collections import Counter
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -23,7 +24,7 @@ from proxt2i.curation import pictures, state
 from proxt2i.curation.run import HISTOGRAMS, SPLITS, Run, captioned, dedup_marker, deduplicated, records_of, scanned
 from proxt2i.curation.sources import IMAGE
 from proxt2i.curation.write import plan, shard_inputs, written
-from proxt2i.data.index import index_shards, write_atomically
+from proxt2i.data.index import check_line, write_atomically
 from proxt2i.report_plots import COLORS, STYLE, _svg
 
 TEMPLATES = Path(__file__).parent
@@ -46,10 +47,7 @@ def merge(run: Run) -> dict:
     state.remove_leftovers(run.out, 0.0)
     _remove_stale(run, shards)
     for split in SPLITS:
-        samples = sum(part["samples"] for part in parts if part["split"] == split)
-        found = len(index_shards(run.out / split)) if samples else 0
-        if found != samples:
-            raise RuntimeError(f"{run.out / split} should hold {samples:,} samples, and its index has {found:,}: remove work/write and start again")
+        _write_index(run, split, [part for part in parts if part["split"] == split])
     duplicates = dedup_marker(run, markers)
     manifest = _manifest(run, markers, duplicates, captions, parts)
     write_atomically(run.out / "manifest.json", json.dumps(manifest, indent=1) + "\n")
@@ -61,12 +59,32 @@ def merge(run: Run) -> dict:
     return manifest
 
 
+def _write_index(run: Run, split: str, parts: list[dict]) -> None:
+    """The trainer's index of a split, put together from those of its shards, a shard at a time. RuntimeError if it has not the samples that were written."""
+    if not parts:
+        return
+    with state.whole_file(run.out / split / "index.jsonl") as file:
+        for part in parts:
+            path = run.out / split / f"{part['number']:05d}.tar"
+            try:
+                line, found = check_line((run.out / "work" / "write" / f"{split}-{path.stem}.index").read_text(), path)
+            except (OSError, ValueError, KeyError):
+                found = -1
+            if found != part["samples"]:
+                raise RuntimeError(f"{path} should hold {part['samples']:,} samples, and its index has not: remove {run.out / 'work' / 'write'} and start again")
+            file.write(line.encode())
+
+
 def _remove_stale(run: Run, shards) -> None:
     """Shards and unit results of an earlier state of the input."""
     wanted = {run.out / split / f"{number:05d}.tar" for split, number, _ in shards} | {run.out / "work" / "write" / f"{split}-{number:05d}.json" for split, number, _ in shards}
-    for path in [path for split in SPLITS for path in (run.out / split).glob("*.tar")] + list((run.out / "work" / "write").glob("*.json")):
-        if path not in wanted:
+    for path in [path for split in SPLITS for path in (run.out / split).glob("*.tar")] + list((run.out / "work" / "write").iterdir()):
+        if path.with_suffix(".tar" if path.suffix == ".tar" else ".json") not in wanted:
             path.unlink()
+    for split in SPLITS:
+        if split not in {shard[0] for shard in shards}:
+            (run.out / split / "index.jsonl").unlink(missing_ok=True)
+    shutil.rmtree(run.out / "work" / "failed", ignore_errors=True)
     names = {unit.name for unit in run.units}
     for stage in ("scan", "dedup", "caption"):
         for path in (run.out / "work" / stage).iterdir():
@@ -153,7 +171,8 @@ def _bars(edges: np.ndarray, counts: list[int]) -> Markup:
     axes = figure.add_subplot()
     axes.bar(range(len(shown)), [counts[i] for i in shown], width=0.92, color=COLORS[0])
     every = -(-len(shown) // 10)
-    axes.set_xticks(np.arange(0, len(shown), every) - 0.5, [f"{edges[i]:g}" for i in shown][::every], rotation=0, fontsize=8)
+    marks = np.arange(0, len(shown) + 1, every)
+    axes.set_xticks(marks - 0.5, ["more" if edges[shown[0] + i] >= 1e9 else f"{edges[shown[0] + i]:g}" for i in marks], fontsize=8)
     axes.grid(axis="x", visible=False)
     return _svg(figure)
 
@@ -169,9 +188,9 @@ def _named(counts: dict[str, int]) -> Markup:
 
 
 def _grids(run: Run, markers, duplicates, parts) -> list[dict]:
-    """[{"title", "pictures": data URLs}] of what is kept, of pairs of duplicates, and of what was dropped by each cause that leaves a picture."""
+    """[{"title", "pictures": data URLs, "together": how many belong together}] of what is kept, of pairs of duplicates, and of what was dropped by each cause that leaves a picture."""
     kept = sorted(example for part in parts for example in part["examples"])[:GRID]
-    grids = [{"title": "kept", "pictures": [_picture(run, unit, span) for _, unit, span in kept]}]
+    grids = [{"title": "kept", "together": 1, "pictures": [_picture(run, unit, span) for _, unit, span in kept]}]
     pairs: dict[str, list] = {}
     tables: dict[int, np.ndarray] = {}
 
@@ -185,14 +204,14 @@ def _grids(run: Run, markers, duplicates, parts) -> list[dict]:
         found = pairs.setdefault(cause, [])
         if len(found) < PER_CAUSE:
             found += [_picture(run, *span_of(one)), _picture(run, *span_of(other))]
-    grids += [{"title": f"{cause}: the one that is kept, and the dropped one, in turn", "pictures": found} for cause, found in pairs.items()]
+    grids += [{"title": f"{cause}: the one that is kept, and the dropped one", "together": 2, "pictures": found} for cause, found in pairs.items()]
     dropped: dict[str, list] = {}
     for number, marker in enumerate(markers):
         for cause, examples in marker["examples"].items():
             for _, span in examples:
                 if span is not None and len(dropped.setdefault(cause, [])) < PER_CAUSE and (url := _picture(run, number, span)):
                     dropped[cause].append(url)
-    grids += [{"title": f"dropped: {cause}", "pictures": urls} for cause, urls in sorted(dropped.items()) if urls]
+    grids += [{"title": f"dropped: {cause}", "together": 1, "pictures": urls} for cause, urls in sorted(dropped.items()) if urls]
     return grids
 
 

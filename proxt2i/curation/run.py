@@ -9,6 +9,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
@@ -19,18 +20,19 @@ from functools import cached_property
 from pathlib import Path
 
 import numpy as np
-from tqdm import tqdm
-
 from proxt2i.curation import dedup, pictures, state
 from proxt2i.curation.config import Curation, read_placeholders
 from proxt2i.curation.pictures import REPAIRS, Chunk, Inspection, Rules, Shown
 from proxt2i.curation.sources import IMAGE, Listing, Raw, Unit, find_units
 from proxt2i.curation.workers import Workers
+from proxt2i.progress import Progress
 
 STAGES = ("scan", "dedup", "caption", "write", "merge")
 SHARED = ("scan", "caption", "write")  # by the tasks of an array
 SPLITS = ("train", "held_out", "hands")
 CHUNK = 32  # samples a worker gets at once
+TRIES = 3  # of a shard that cannot be read or written
+PAUSE_S = 2.0  # before the second of them; longer before the next
 EXAMPLES = 4  # dropped samples named per cause and unit
 HISTOGRAMS = {  # name -> edges of its bins
     "short edge (pixels)": np.array([0, 64, 128, 192, 256, 320, 384, 448, 512, 640, 768, 896, 1024, 1280, 1536, 2048, 1 << 31]),
@@ -41,7 +43,7 @@ HISTOGRAMS = {  # name -> edges of its bins
 
 def record_dtype(key_bytes: int) -> np.dtype:
     """One sample that a scan has let through."""
-    return np.dtype([("key", f"S{max(1, key_bytes)}"), ("extension", "S4"), ("spans", "<i8", (3, 3)), ("sha256", "u1", (32,)), ("phash", "<u8"),
+    return np.dtype([("key", f"S{max(1, key_bytes)}"), ("extension", "S4"), ("spans", "<i8", (3, 3)), ("sha256", "u1", (32,)), ("hashes", "<u8", (2, 3)),
                      ("key_hash", "<u8"), ("width", "<i4"), ("height", "<i4"), ("thumb", "u1", (192,)), ("repairs", "u1"), ("score", "<f4"), ("hands", "i1")])
 
 
@@ -86,9 +88,9 @@ class Run:
                 self.models[name] = {"scores": models.Scores, "hands": models.Hands}[name](self.config, self.device)
         return self.models[name]
 
-    def bar(self, units: list[Unit], what: str) -> tqdm:
+    def bar(self, units: list[Unit], what: str) -> Progress:
         """Progress in bytes, whose total is known beforehand; images/s beside."""
-        return tqdm(total=sum(unit.size for unit in units), desc=what, unit="B", unit_scale=True, disable=True if self.quiet or not units else None,
+        return Progress(total=sum(unit.size for unit in units), desc=what, unit="B", unit_scale=True, disable=self.quiet or not sum(unit.size for unit in units),
                     bar_format="{desc}: {percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}{postfix}]", mininterval=0.5)
 
 
@@ -117,7 +119,7 @@ def run_stages(run: Run, stages: tuple[str, ...] = STAGES) -> dict:
 def _load_models(run: Run, stages) -> None:
     """What is missing shall be said at once, not after hours of other work; weights are loaded when their stage comes."""
     c = run.config
-    if "scan" in stages:
+    if "scan" in stages and any(scan_marker(run, unit) is None for unit in run.mine(run.units)):
         if c.aesthetic.reward is not None:
             run.load("scores")
         if c.hands.detector is not None:
@@ -141,17 +143,60 @@ def rules_of(config: Curation) -> Rules:
                  tuple(f.nsfw), read_placeholders(f.placeholders), tuple(c.hands.keys), c.aesthetic.image_size if c.aesthetic.reward or c.hands.detector else 0)
 
 
+class Failed(ValueError):
+    """Shards that could not be treated, though they were tried again; the others are finished."""
+
+
+def each_tried(run: Run, stage: str, todo: list, name_of, treat) -> dict:
+    """treat(todo, failed) -> summary, again with what it put into `failed`: {name: OSError}. What fails TRIES times is noted in OUT/work/failed. Failed names them."""
+    summary: dict = {}
+    failed: dict[str, OSError] = {}
+    for attempt in range(TRIES):
+        failed.clear()
+        for key, value in treat(todo, failed).items():
+            summary[key] = summary.get(key, 0) + value
+        for error in failed.values():
+            if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS):
+                raise error  # no shard's fault
+        todo = [item for item in todo if name_of(item) in failed]
+        if not todo:
+            return summary
+        if attempt < TRIES - 1:
+            time.sleep(PAUSE_S * (attempt + 1))
+    folder = run.out / "work" / "failed"
+    for item in todo:
+        folder.mkdir(parents=True, exist_ok=True)
+        state.write_atomically(folder / f"{stage}-{name_of(item)}.json", json.dumps({"stage": stage, "shard": name_of(item), "reason": str(failed[name_of(item)])}) + "\n")
+    listed = "".join(f"\n  {name_of(item)}: {failed[name_of(item)]}" for item in todo[:20])
+    raise Failed(f"{stage}: {len(todo):,} shards could not be treated after {TRIES} tries, all others of this task are finished:{listed}\n"
+                 "Repair them or move them away, and call the same command again: it goes on from here")
+
+
+def finish(run: Run, stage: str, name: str, data: bytes, inputs: str, **more) -> None:
+    """Write a result, and forget that it once failed."""
+    state.finish(run.marker_path(stage, name).with_suffix(".npy" if stage == "scan" else ".jsonl"), data, inputs, **more)
+    (run.out / "work" / "failed" / f"{stage}-{name}.json").unlink(missing_ok=True)
+
+
 def scan(run: Run) -> dict:
     todo = [(unit, stamp) for unit in run.mine(run.units) if scan_marker(run, unit, stamp := state.digest(unit.stamp())) is None]
+    return each_tried(run, "scan", todo, lambda item: item[0].name, lambda todo, failed: _scan(run, todo, failed))
+
+
+def _scan(run: Run, todo: list, failed: dict[str, OSError]) -> dict:
     listings: dict[str, Listing] = {}
     found: list[Inspection] = []
     rules = rules_of(run.config)
 
     def jobs() -> Iterator[tuple]:
         for unit, stamp in todo:
-            listing = listings[unit.name] = unit.list()
+            try:
+                listing = listings[unit.name] = unit.list()
+            except OSError as error:
+                failed[unit.name] = error
+                continue
             files = tuple(map(str, unit.files))
-            rules_here = replace(rules, check_pairs=rules.check_pairs and unit.keys is None)  # files of one name in a folder belong together
+            rules_here = replace(rules, check_pairs=rules.check_pairs and unit.is_tar)  # files of one name in a folder belong together
             starts = range(0, max(1, len(listing.samples)), CHUNK)
             for start in starts:
                 yield (unit, stamp, start == starts[-1]), Chunk(files, tuple(listing.samples[start : start + CHUNK]), rules_here)
@@ -160,10 +205,18 @@ def scan(run: Run) -> dict:
     with Workers(num_workers(run.config)) as workers, run.bar([unit for unit, _ in todo], "scanning") as bar:
         judge = _Judge(run)
         for (unit, stamp, last), inspections in workers.ordered(jobs(), pictures.inspect_chunk, pictures.split, pictures.crashed):
+            listing = listings[unit.name]
+            if isinstance(inspections, OSError):
+                failed[unit.name] = inspections
+            if unit.name in failed:
+                judge.waiting.clear()
+                found = []
+                if last:
+                    del listings[unit.name]
+                continue
             judge(inspections)
             found += inspections
             seen += len(inspections)
-            listing = listings[unit.name]
             bar.update(unit.size * len(inspections) // max(1, len(listing.samples)))
             bar.set_postfix_str(f"{seen / (time.monotonic() - started):,.0f} images/s", refresh=False)
             if last:
@@ -221,7 +274,7 @@ def _write_scan(run: Run, unit: Unit, stamp: str, listing: Listing, found: list[
         key = raw.key.encode(errors="surrogateescape")
         row["key"], row["extension"], row["spans"] = key, raw.extension, [span or (-1, -1, -1) for span in raw.spans]
         row["sha256"], row["thumb"] = np.frombuffer(one.sha256, np.uint8), np.frombuffer(one.thumb, np.uint8)
-        row["phash"], row["key_hash"] = one.phash, int.from_bytes(hashlib.sha256(key).digest()[:8], "little")
+        row["hashes"], row["key_hash"] = one.hashes, int.from_bytes(hashlib.sha256(key).digest()[:8], "little")
         row["width"], row["height"] = one.size
         row["repairs"], row["score"], row["hands"] = one.repairs, one.score, one.hands
     dropped: dict[str, int] = {}
@@ -235,10 +288,10 @@ def _write_scan(run: Run, unit: Unit, stamp: str, listing: Listing, found: list[
     sizes = np.array([one.size for one in found if one.size], dtype=float).reshape(-1, 2)
     scores = [one.score for one in found if np.isfinite(one.score)]
     values = {"short edge (pixels)": sizes.min(1), "aspect ratio (width / height)": sizes[:, 0] / sizes[:, 1], "score": np.clip(scores, 0, 10)}
-    state.finish(run.marker_path("scan", unit.name).with_suffix(".npy"), state.to_bytes(records), stamp,
-                 samples=len(listing.samples) + len(listing.dropped), lost=listing.lost, damage=listing.damage, records=len(records), dropped=dropped,
-                 repaired={name: n for name, n in repaired.items() if n}, examples=examples,
-                 histograms={name: np.histogram(values[name], edges)[0].tolist() for name, edges in HISTOGRAMS.items()})
+    finish(run, "scan", unit.name, state.to_bytes(records), stamp,
+           samples=len(listing.samples) + len(listing.dropped), lost=listing.lost, damage=listing.damage, records=len(records), dropped=dropped,
+           repaired={name: n for name, n in repaired.items() if n}, examples=examples,
+           histograms={name: np.histogram(values[name], edges)[0].tolist() for name, edges in HISTOGRAMS.items()})
 
 
 # -- dedup ------------------------------------------------------------------------------------------------------------
@@ -274,14 +327,13 @@ def find_duplicates(run: Run) -> dict:
     c, folder = run.config.dedup, run.out / "work" / "dedup"
     folder.mkdir(parents=True, exist_ok=True)
     counts = [marker["records"] for marker in markers]
-    with tqdm(total=sum(counts), desc="finding duplicates", unit="image", unit_scale=True, disable=True if run.quiet else None) as bar:
+    with Progress(total=sum(counts) * (1 + pictures.BANDS * (c.near and c.distance > 0)), desc="finding duplicates", unit="", unit_scale=True, disable=run.quiet) as bar:
         def samples():
             for number, marker in enumerate(markers):
                 yield number, records_of(run, marker)
-                bar.update(marker["records"])
 
-        found = dedup.find_duplicates(samples(), run.out / "work" / "dedup.sqlite", exact=c.exact, near=c.near, distance=c.distance, color=c.color,
-                                      placeholder_repeats=run.config.filter.placeholder_repeats)
+        found = dedup.find_duplicates(samples(), run.out / "work" / "dedup.sqlite", exact=c.exact, near=c.near, distance=c.distance, color=c.color, mirrored=c.mirrored,
+                                      placeholder_repeats=run.config.filter.placeholder_repeats, advance=bar.update)
     starts = np.cumsum([0, *counts])
     parts = []
     for unit, start, stop in zip(run.units, starts, starts[1:]):
@@ -329,6 +381,10 @@ def caption(run: Run) -> dict:
     todo = [(number, inputs) for number in run.mine(list(range(len(run.units))))
             if state.read_marker(run.marker_path("caption", run.units[number].name), inputs := caption_inputs(markers, codes, number)) is None]
     captioner = run.load("captioner") if run.config.caption.model is not None and todo else None
+    return each_tried(run, "caption", todo, lambda item: run.units[item[0]].name, lambda todo, failed: _caption(run, markers, codes, captioner, todo, failed))
+
+
+def _caption(run: Run, markers: list[dict], codes: list[str], captioner, todo: list, failed: dict[str, OSError]) -> dict:
     size, most = run.config.caption.batch_size, run.config.caption.max_pixels
     alive: dict[int, np.ndarray] = {}
 
@@ -343,13 +399,24 @@ def caption(run: Run) -> dict:
     started, seen, answers = time.monotonic(), 0, []
     with Workers(num_workers(run.config) if captioner else 0) as workers, run.bar([run.units[number] for number, _ in todo], "captioning") as bar:
         for (number, inputs, last), shown in workers.ordered(jobs(), pictures.show_chunk, ahead=1):
+            name = run.units[number].name
+            if isinstance(shown, OSError):
+                failed[name] = shown
+            if name in failed:
+                answers = []
+                if last:
+                    del alive[number]
+                continue
             if shown:
                 answers += captioner(shown)
                 seen += len(shown)
                 bar.update(run.units[number].size * len(shown) // len(alive[number]))
                 bar.set_postfix_str(f"{seen / (time.monotonic() - started):,.1f} images/s", refresh=False)
             if last:
-                _write_captions(run, number, inputs, alive.pop(number), answers)
+                try:
+                    _write_captions(run, number, inputs, alive.pop(number), answers)
+                except OSError as error:
+                    failed[name] = error
                 answers = []
     return {"images": seen, "seconds": time.monotonic() - started}
 
@@ -376,8 +443,8 @@ def _write_captions(run: Run, number: int, inputs: str, records: np.ndarray, ans
             if line["split"]:
                 splits[line["split"]] += 1
             lines.append(json.dumps(line, ensure_ascii=False))
-    state.finish(run.marker_path("caption", run.units[number].name).with_suffix(".jsonl"), "".join(line + "\n" for line in lines).encode(), inputs, splits=splits,
-                 dropped={"no caption could be made": failed} if failed else {}, troubles=troubles, captions=sum(bool(one.caption) for one in answers))
+    finish(run, "caption", run.units[number].name, "".join(line + "\n" for line in lines).encode(), inputs, splits=splits,
+           dropped={"no caption could be made": failed} if failed else {}, troubles=troubles, captions=sum(bool(one.caption) for one in answers))
 
 
 def raw_of(record) -> Raw:

@@ -6,6 +6,7 @@ of the next. Nothing is extracted, and nothing but pictures, text and JSON is lo
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import re
@@ -43,8 +44,18 @@ class Unit:
     """A shard, or a part of a folder of images."""
 
     name: str
-    files: list[Path]  # of a tar shard: itself
-    keys: list[str] | None = None  # of a part of a folder: the key of each file
+    root: Path
+    names: list[str]  # of files below root; of a tar shard: its own. No Paths: there may be millions
+    is_tar: bool = True
+
+    @property
+    def files(self) -> list[Path]:
+        return [self.root / name for name in self.names]
+
+    @property
+    def keys(self) -> list[str] | None:
+        """Of a part of a folder: the key of each file."""
+        return None if self.is_tar else [_stem(name) for name in self.names]
 
     def stamp(self) -> list:
         """Changes when a file does."""
@@ -58,7 +69,7 @@ class Unit:
 
     def list(self) -> Listing:
         """Headers only."""
-        return list_tar(self.files[0]) if self.keys is None else self._list_folder()
+        return list_tar(self.files[0]) if self.is_tar else self._list_folder()
 
     def _list_folder(self) -> Listing:
         samples: dict[str, list] = {}
@@ -85,27 +96,38 @@ def find_units(data: Path, files_per_part: int) -> list[Unit]:
     if data.is_file():
         if data.suffix != ".tar":
             raise ValueError(f"{data} is no .tar shard; give a folder")
-        return [Unit(data.stem, [data])]
+        return [Unit(data.stem, data.parent, [data.name])]
     tars = sorted(path for path in data.iterdir() if path.suffix == ".tar" and not path.name.startswith("."))
     if tars:
-        return [Unit(path.stem, [path]) for path in tars]
-    groups: dict[str, list[Path]] = {}  # key -> image and the text and JSON beside it
-    pictures = 0
+        if odd := next((path for path in tars if not path.is_file()), None):
+            raise ValueError(f"{odd} is no file, or a link to none; remove it, or bring it back")
+        return [Unit(path.stem, data, [path.name]) for path in tars]
+    found = []
     for folder, names, files in os.walk(data):
         names[:] = sorted(name for name in names if not name.startswith("."))
-        for name in files:
-            path = Path(folder, name)
-            row = _FIELD.get(path.suffix[1:].lower())
-            if row is not None and not name.startswith("."):
-                groups.setdefault(path.relative_to(data).with_suffix("").as_posix(), []).append(path)
-                pictures += row == IMAGE
-    groups = {key: sorted(files) for key, files in sorted(groups.items()) if any(_FIELD[p.suffix[1:].lower()] == IMAGE for p in files)}
-    if not groups:
+        below = Path(folder).relative_to(data).as_posix()
+        found += [name if below == "." else f"{below}/{name}" for name in files if not name.startswith(".") and _field(name) is not None]
+    units: list[Unit] = []
+    pictures = 0
+    for _, group in itertools.groupby(sorted(found, key=lambda name: (_stem(name), name)), _stem):  # a picture, and the text and JSON beside it
+        group = list(group)
+        if any(_field(name) == IMAGE for name in group):
+            if pictures % files_per_part == 0:
+                units.append(Unit(f"part-{len(units):05d}", data, [], False))
+            units[-1].names += group
+            pictures += 1
+    if not units:
         raise ValueError(f"{data} holds neither .tar shards nor {', '.join(EXTENSIONS)} images; give a folder of img2dataset shards "
                          "(`img2dataset --output_format webdataset ...`) or of images (captions beside them as NAME.txt)")
-    keys = list(groups)
-    parts = [keys[i:i + files_per_part] for i in range(0, len(keys), files_per_part)]
-    return [Unit(f"part-{n:05d}", [path for key in part for path in groups[key]], [key for key in part for _ in groups[key]]) for n, part in enumerate(parts)]
+    return units
+
+
+def _stem(name: str) -> str:
+    return name.rpartition(".")[0]
+
+
+def _field(name: str) -> int | None:
+    return _FIELD.get(name.rpartition(".")[2].lower())
 
 
 def list_tar(path: Path) -> Listing:

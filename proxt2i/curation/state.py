@@ -19,7 +19,7 @@ import numpy as np
 from proxt2i.curation.config import Curation
 from proxt2i.data.index import write_atomically
 
-VERSION = 1  # of the results: raised when the same settings give other results
+VERSION = 2  # of the results: raised when the same settings give other results
 
 
 def digest(value) -> str:
@@ -27,9 +27,19 @@ def digest(value) -> str:
 
 
 def claim(out: Path, config: Curation, source: str) -> None:
-    """Make OUT this curation's, or find that it is. ValueError when it holds results of other settings, or something else."""
-    mine = json.loads(json.dumps({"version": VERSION, "source": source, **config.results()}))
-    path = out / "curation.json"
+    """Make OUT this curation's, or find that it is. ValueError as check_free's."""
+    if check_free(out, config, source):
+        out.mkdir(parents=True, exist_ok=True)
+        write_atomically(out / "curation.json", json.dumps(_settings(config, source), indent=1) + "\n")
+
+
+def _settings(config: Curation, source: str) -> dict:
+    return json.loads(json.dumps({"version": VERSION, "source": source, **config.results()}))
+
+
+def check_free(out: Path, config: Curation, source: str) -> bool:
+    """Whether OUT is nobody's, not this curation's already. ValueError when it holds results of other settings, or something else."""
+    mine, path = _settings(config, source), out / "curation.json"
     if path.exists():
         try:
             theirs = json.loads(path.read_text())
@@ -41,11 +51,10 @@ def claim(out: Path, config: Curation, source: str) -> None:
                 keys = [k for k in one.keys() | other.keys() if one.get(k) != other.get(k)] if isinstance(one, dict) and isinstance(other, dict) else []
                 what = f"{section}.{min(keys)} = {other.get(min(keys))!r}, not {one.get(min(keys))!r}" if keys else f"{section} = {other!r}, not {one!r}"
                 raise ValueError(f"{out} holds results of other settings ({what}); choose another output folder, or remove this one")
-        return
+        return False
     if out.exists() and any(not path.name.startswith(".") for path in out.iterdir()):
         raise ValueError(f"{out} is not empty and holds no curation; choose another output folder")
-    out.mkdir(parents=True, exist_ok=True)
-    write_atomically(path, json.dumps(mine, indent=1) + "\n")
+    return True
 
 
 def read_marker(path: Path, inputs: str) -> dict | None:

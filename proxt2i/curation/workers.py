@@ -32,7 +32,7 @@ class Workers:
 
     def ordered(self, jobs: Iterable[tuple], work: Callable, split: Callable | None = None, crashed: Callable | None = None,
                 ahead: int = AHEAD) -> Iterator[tuple]:
-        """(tag, work(job)) for (tag, job) of `jobs`, in their order. `work` returns a list and is a module's function.
+        """(tag, work(job)) for (tag, job) of `jobs`, in their order. `work` returns a list, or an OSError, and is a module's function.
 
         When a worker dies (a decoder crashed), jobs are done again; the one that did it is split into single samples, and `crashed`
         gives the result of a sample that ends its process. RuntimeError if there is no `split`.
@@ -67,7 +67,8 @@ class Workers:
             except BrokenProcessPool:
                 self._restart()
                 item[2] = Future()
-                item[2].set_result([one for single in split(item[1]) for one in self._alone(work, single, crashed)])
+                results = [self._alone(work, single, crashed) for single in split(item[1])]
+                item[2].set_result(next((one for one in results if isinstance(one, OSError)), None) or [one for result in results for one in result])
                 for later in list(waiting)[number + 1:]:
                     later[2] = self._submit(work, later[1])
                 return
@@ -78,14 +79,18 @@ class Workers:
                 return self._submit(work, job).result()
             except BrokenProcessPool:
                 self._restart()
+        try:
+            self._submit(os.getpid).result()
+        except BrokenProcessPool:
+            raise RuntimeError("worker processes end as soon as they begin: is the memory, or the number of processes, exhausted? See what they wrote above") from None
         return crashed(job)
 
-    def _submit(self, work, job):
+    def _submit(self, work, *job):
         try:
-            return self._executor().submit(work, job)
+            return self._executor().submit(work, *job)
         except BrokenProcessPool:
             self._restart()
-            return self._executor().submit(work, job)
+            return self._executor().submit(work, *job)
 
     def _executor(self) -> ProcessPoolExecutor:
         if self._pool is None:

@@ -7,13 +7,14 @@ import json
 import time
 
 import numpy as np
-from tqdm import tqdm
 
 from proxt2i.curation import pictures, state
 from proxt2i.curation.pictures import REPAIRS, Files
-from proxt2i.curation.run import SPLITS, Run, captioned, dedup_marker, deduplicated, raw_of, scanned, survivors
+from proxt2i.curation.run import SPLITS, Run, captioned, each_tried, dedup_marker, deduplicated, raw_of, scanned, survivors
 from proxt2i.curation.sources import IMAGE
 from proxt2i.data.buckets import assign, make_buckets
+from proxt2i.data.index import index_line
+from proxt2i.progress import Progress
 
 
 def plan(run: Run, captions: list[dict]) -> list[tuple[str, int, list[tuple[int, int, int]]]]:
@@ -34,8 +35,12 @@ def shard_inputs(run: Run, markers, codes, captions, shard) -> str:
     return state.digest([shard, [[markers[u]["sha256"], codes[u], captions[u]["sha256"]] for u, _, _ in shard[2]]])
 
 
+def shard_name(shard) -> str:
+    return f"{shard[0]}-{shard[1]:05d}"
+
+
 def shard_marker_path(run: Run, shard):
-    return run.marker_path("write", f"{shard[0]}-{shard[1]:05d}")
+    return run.marker_path("write", shard_name(shard))
 
 
 def written(run: Run, shard, inputs: str) -> dict | None:
@@ -57,12 +62,19 @@ def write(run: Run) -> dict:
                 causes[cause] = causes.get(cause, 0) + count
         raise ValueError("no sample is left: " + ", ".join(f"{count:,} {cause}" for cause, count in sorted(causes.items(), key=lambda item: -item[1])))
     todo = [(shard, inputs) for shard in run.mine(shards) if written(run, shard, inputs := shard_inputs(run, markers, codes, captions, shard)) is None]
-    total = sum(stop - start for shard, _ in todo for _, start, stop in shard[2])
-    started, cache = time.monotonic(), {}
-    with tqdm(total=total, desc="writing", unit="image", disable=True if run.quiet or not todo else None) as bar:
-        for shard, inputs in todo:
-            _write_shard(run, shard, inputs, lambda u: _samples(run, u, markers, codes, captions, cache), bar)
-    return {"images": total, "seconds": time.monotonic() - started}
+    cache: dict[int, dict[str, list]] = {}
+
+    def treat(todo, failed):
+        started, written = time.monotonic(), 0
+        with Progress(total=sum(stop - start for shard, _ in todo for _, start, stop in shard[2]), desc="writing", unit="image", disable=run.quiet or not todo) as bar:
+            for shard, inputs in todo:
+                try:
+                    written += _write_shard(run, shard, inputs, lambda u: _samples(run, u, markers, codes, captions, cache), bar)
+                except OSError as error:
+                    failed[shard_name(shard)] = error
+        return {"images": written, "seconds": time.monotonic() - started}
+
+    return each_tried(run, "write", todo, lambda item: shard_name(item[0]), treat)
 
 
 def _samples(run: Run, number: int, markers, codes, captions, cache: dict) -> dict[str, list]:
@@ -87,7 +99,8 @@ class _Hashing:
         return self.file.write(data)
 
 
-def _write_shard(run: Run, shard, inputs: str, samples_of, bar) -> None:
+def _write_shard(run: Run, shard, inputs: str, samples_of, bar) -> int:
+    """Returns the number of samples."""
     import webdataset
 
     split, number, parts = shard
@@ -103,9 +116,13 @@ def _write_shard(run: Run, shard, inputs: str, samples_of, bar) -> None:
                         tar.write(_sample(run, unit, files, record, line, buckets, about))
                         bar.update()
     about["captions"] = sorted(about["captions"])[: run.config.write.prompts]
-    shard_marker_path(run, shard).parent.mkdir(parents=True, exist_ok=True)
-    state.write_atomically(shard_marker_path(run, shard), json.dumps(
+    marker = shard_marker_path(run, shard)
+    marker.parent.mkdir(parents=True, exist_ok=True)
+    state.write_atomically(marker.with_suffix(".index"), index_line(run.out / split / f"{number:05d}.tar"))  # here, where tasks share the work
+    state.write_atomically(marker, json.dumps(
         {"split": split, "number": number, "bytes": hashing.size, "sha256": hashing.sha256.hexdigest(), "inputs": inputs, **about}) + "\n")
+    (run.out / "work" / "failed" / f"write-{marker.stem}.json").unlink(missing_ok=True)
+    return about["samples"]
 
 
 def _sample(run: Run, unit: int, files: Files, record, line: dict, buckets, about: dict) -> dict:
@@ -123,7 +140,7 @@ def _sample(run: Run, unit: int, files: Files, record, line: dict, buckets, abou
     repairs = [name for bit, name in enumerate(REPAIRS) if record["repairs"] >> bit & 1]
     ours = {"key": key, "caption": caption, "original_caption": original, "width": width, "height": height, "aspect_ratio": round(width / height, 4), "bucket": bucket,
             "score": round(float(record["score"]), 4) if np.isfinite(record["score"]) else None, "hands": {1: True, 0: False}.get(hands),
-            "sha256": record["sha256"].tobytes().hex(), "phash": f"{int(record['phash']):016x}", "repaired": repairs,
+            "sha256": record["sha256"].tobytes().hex(), "phash": f"{int(record['hashes'][0, 0]):016x}", "repaired": repairs,
             "source": f"{run.units[unit].name}/{raw.key}".encode(errors="backslashreplace").decode(), "metadata": metadata}
     about["samples"] += 1
     about["buckets"][bucket] = about["buckets"].get(bucket, 0) + 1

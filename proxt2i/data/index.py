@@ -185,6 +185,20 @@ def _line(entry: dict) -> str:
     return json.dumps({key: base64.b64encode(value.tobytes()).decode() if key in _ARRAYS else value for key, value in entry.items()})
 
 
+def index_line(shard: Path) -> str:
+    """What index.jsonl says of one shard but for its time stamp: for writers of shards, who can so put the index together without reading them all again."""
+    return _line({**_scan(shard), "mtime_ns": 0}) + "\n"
+
+
+def check_line(line: str, shard: Path) -> tuple[str, int]:
+    """(`line`, of index_line, with the shard's present time stamp; samples that it indexes). ValueError if it is not of this shard."""
+    entry = json.loads(line)
+    stat = shard.stat()
+    if (entry["name"], entry["size"]) != (shard.name, stat.st_size) or entry["dropped"] or entry["damage"]:
+        raise ValueError(f"{shard} is not as it was written")
+    return json.dumps({**entry, "mtime_ns": stat.st_mtime_ns}) + "\n", len(entry["keys"])
+
+
 def _read_entries(path: Path) -> dict[str, dict]:
     """A cache file's entries by shard name; unreadable lines are left out, so their shards are scanned again."""
     entries = {}

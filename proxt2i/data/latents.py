@@ -20,7 +20,6 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from proxt2i.data.buckets import describe, make_buckets
 from proxt2i.data.index import index_shards
@@ -28,6 +27,7 @@ from proxt2i.data.latent_shards import ABOUT, DTYPES, INDEX, LatentDataset, file
 from proxt2i.data.loader import BadSamples, ReadAhead
 from proxt2i.data.shards import Bad, ShardDataset
 from proxt2i.data.writing import write_atomically
+from proxt2i.progress import Progress
 
 log = logging.getLogger(__name__)
 
@@ -62,8 +62,8 @@ def encode_shards(dataset: ShardDataset, out: str | os.PathLike, about: dict, co
     mine = [shard for shard in shards[rank::world] if shard.entry(verify) is None]
     starts = np.searchsorted(dataset.index.shard, np.arange(len(shards) + 1))     # samples are numbered shard after shard
     bad = BadSamples(len(dataset), max_bad)
-    with tqdm(total=int(sum(starts[s.number + 1] - starts[s.number] for s in mine)), desc="encoding images", unit="image",
-              disable=None if rank == 0 and mine else True) as bar:
+    with Progress(total=int(sum(starts[s.number + 1] - starts[s.number] for s in mine)), desc="encoding images", unit="image",
+                  disable=not mine or (rank > 0 and sys.stderr.isatty())) as bar:
         def requests_of(shard):
             return _requests(dataset, starts[shard.number], starts[shard.number + 1], about["batch_size"])
 
