@@ -105,6 +105,19 @@ def test_the_first_update_of_a_rollout_has_ratio_one_exactly(grpo, ranks):
     assert torch.equal(kls[0, 0], torch.zeros_like(kls[0, 0])) and kls[1].min() > 0  # of the reference: the initial weights
 
 
+def test_outputs_kept_from_the_rollout_are_those_that_an_update_would_compute(grpo, ranks):
+    """To the bit, where the batches are the same; where they are not, none are kept."""
+    trainer = make(grpo, ranks, train__micro_batch=4, rollout__batch=4)
+    experience = trainer.roller.draw(trainer.engine.module, 0, trainer._steps(0))
+    for i in experience.states:
+        for part in trainer._parts(range(16)):
+            kept, experience.eps = experience.eps, {}
+            assert torch.equal(kept[i][part], trainer._old_output(experience, i, part))
+            experience.eps = kept
+    assert experience.eps.keys() == experience.states.keys()
+    assert not make(grpo, ranks, train__micro_batch=4, rollout__batch=8).roller.draw(trainer.engine.module, 0, trainer._steps(0)).eps
+
+
 def test_inner_epochs_compare_with_the_weights_of_the_rollout(grpo, ranks):
     trainer = make(grpo, ranks, policy__inner_epochs=2, rollout__updates=1)
     seen, add = [], trainer.meter.add_transition

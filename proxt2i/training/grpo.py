@@ -194,8 +194,7 @@ class GrpoTrainer:
         updates, epochs = self.config.rollout.updates, self.config.policy.inner_epochs
         rows = [range(u * self.roller.per_rank, (u + 1) * self.roller.per_rank) for u in range(updates)]
         # The network's outputs before the first update, in the shapes of the updates. The first update finds them itself.
-        old = {(part.start, i): guided_output(self._eps_fn(self.engine.module, experience, part), self.policy, i, self._state(experience, i, part))
-               for u in range(1, updates) for part in self._parts(rows[u]) for i in experience.states}
+        old = {(part.start, i): self._old_output(experience, i, part) for u in range(1, updates) for part in self._parts(rows[u]) for i in experience.states}
         for epoch in range(epochs):
             for u in range(updates):
                 self._update(experience, rows[u], old, keep=epochs > 1 and epoch == u == 0)
@@ -250,6 +249,11 @@ class GrpoTrainer:
 
     def _eps_fn(self, network, experience: Experience, part: slice):
         return self.roller.eps_fn(network, [t[experience.row[part]] for t in experience.text])
+
+    def _old_output(self, experience: Experience, i: int, part: slice) -> torch.Tensor:
+        if i in experience.eps:
+            return experience.eps[i][part].to(self.ranks.device)
+        return guided_output(self._eps_fn(self.engine.module, experience, part), self.policy, i, self._state(experience, i, part))
 
     def _state(self, experience: Experience, i: int, part: slice) -> torch.Tensor:
         return experience.states[i][part].to(self.ranks.device)

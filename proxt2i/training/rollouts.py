@@ -12,7 +12,7 @@ from torch import Tensor
 from proxt2i.data.prompts import Prompts
 from proxt2i.diffusion import Policy, guided, prox_from_eps, rollout
 from proxt2i.diffusion.proximal import EpsFn
-from proxt2i.grpo_config import GrpoConfig, images_per_update
+from proxt2i.grpo_config import GrpoConfig, images_per_update, micro_batch_of
 from proxt2i.models.bundle import Settings
 from proxt2i.rewards import Scorer, load_reward, settings_of
 from proxt2i.training.advantage import advantages
@@ -25,12 +25,14 @@ class Experience:
     """One rank's images of a rollout, M of them, those of an update standing together: update u has rows u * m to (u + 1) * m - 1.
 
     seeds: int64 [M].  states[i]: where transition i starts, float32 [M, *shape].  text: a row for each of the rank's groups.
+    eps[i]: the guided output of the network that drew them there, for later updates; empty where it would not be the same bits (see `Roller.draw`).
     row: int64 [M], an image's row in text.  advantage: float32 [M].  scores: of the images of all ranks, {reward: [images]}.
     flat_groups: of all ranks, those whose images all have the same rewards.  spread: std of the x0 of a prompt, mean over elements and groups.
     """
 
     seeds: Tensor
     states: dict[int, Tensor]
+    eps: dict[int, Tensor]
     text: list[Tensor]
     row: Tensor
     advantage: Tensor
@@ -72,6 +74,8 @@ class Roller:
         """The rollout that begins after `images_seen` images, of which the transitions `steps` will be trained. Collective.
 
         stop: collective, asked after every batch; None comes back when it says so. RewardError when a reward fails.
+        A network's output for an image depends on its batch by rounding. Where a batch here is a micro-batch of the update, the outputs are kept: a later
+        update needs just these, and would otherwise compute them again.
         """
         how, device = self.config.rollout, self.ranks.device
         positions = self.positions()
@@ -84,22 +88,24 @@ class Roller:
         seeds = torch.from_numpy(sample_seeds(self.config.train.seed, images_seen + positions)).to(device)
         rows = torch.from_numpy(row).to(device)
         store = "cpu" if how.store == "cpu" else None
+        keep_eps = how.updates > 1 and how.batch == micro_batch_of(self.config, self.ranks.world_size)
         parts, latents, futures = [], [], []
         for chosen in torch.arange(len(positions), device=device).split(how.batch):
             eps_fn = self.eps_fn(network, [t[rows[chosen]] for t in text])
-            part = rollout(eps_fn, self.policy, self.shape, seeds[chosen], steps=steps, store=store)
+            part = rollout(eps_fn, self.policy, self.shape, seeds[chosen], steps=steps, keep_eps=keep_eps, store=store)
             pictures = self.codec.decode(part.x0).add(1).div(2)
             asked = numbers[row[chosen.cpu().numpy()]].tolist()
             futures.append(self.scorer.submit(pictures, [self.prompts.texts[n] for n in asked], [self.prompts.metadata[n] for n in asked]))
-            parts.append(part.states)
+            parts.append(part)
             latents.append(part.x0)
             if stop():
                 return None
-        states = {i: torch.cat([part[i] for part in parts]) for i in steps}
+        states = {i: torch.cat([part.states[i] for part in parts]) for i in steps}
+        eps = {i: torch.cat([part.eps[i] for part in parts]) for i in steps if keep_eps}
         results = [future.result() for future in futures]
         scores = {s.key: self._gather(torch.cat([r[s.key] for r in results])) for s in self.reward_settings}
         advantage, flat = advantages(scores, self.reward_settings, how.group_size, self.config.policy.advantage_clip)
-        return Experience(seeds, states, text, rows, advantage[positions].to(device), scores, flat, _spread(torch.cat(latents), rows))
+        return Experience(seeds, states, eps, text, rows, advantage[positions].to(device), scores, flat, _spread(torch.cat(latents), rows))
 
     def _gather(self, own: Tensor) -> Tensor:
         """A number for each image of this rank [M] -> of all ranks, in the rollout's order, on the CPU."""
