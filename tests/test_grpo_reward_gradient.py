@@ -44,13 +44,13 @@ def tiny_clip_rewards():
 
 
 def check_gradient(reward, images, captions, metadata, tolerance):
-    """Along a random smooth direction, a central difference of the float path; and the float path agrees with the scores."""
-    images = (0.1 + 0.8 * images).requires_grad_()
+    """Along its own direction, where nothing is lost in rounding, a central difference of the float path; and the float path agrees with the scores."""
+    images = (0.1 + 0.8 * images + 0.05 * torch.rand(images.shape, generator=torch.Generator().manual_seed(0))).requires_grad_()  # no ties where pooling takes a maximum
     values = score_differentiably(reward, images, captions, metadata)
     assert values.shape == (len(images),)
     gradient, = torch.autograd.grad(values.sum(), images)
-    direction = gradient / gradient.flatten(1).norm(dim=1)[:, None, None, None]  # the steepest: nothing is lost in rounding
-    step = 0.02
+    direction = gradient / gradient.flatten(1).norm(dim=1)[:, None, None, None]
+    step = 0.004
     with torch.no_grad():
         up, down = (score_differentiably(reward, images + sign * step * direction, captions, metadata) for sign in (1, -1))
     torch.testing.assert_close((up - down) / (2 * step), (gradient * direction).flatten(1).sum(1), rtol=0.05, atol=1e-4)
@@ -107,8 +107,8 @@ def test_the_last_call_is_what_the_rollout_ended_with(plan):
 
 
 def trained_on_gradient_alone(grpo, ranks, portraits_model, **changes):
-    settings = grpo | {"model.init_from": portraits_model, "prompts.source": "portraits", "prompts.num": 64, "rewards.train": "[{name: pickscore, path: portraits}]"}
-    return make(settings, ranks, guard__every=0, policy__reward_gradient=1.0, policy__clip=1e-9, policy__kl=0, train__images=96, **changes)
+    settings = grpo | {"model.init_from": portraits_model, "prompts.source": "portraits", "prompts.num": 4, "rewards.train": "[{name: pickscore, path: portraits}]"}
+    return make(settings, ranks, guard__every=0, policy__reward_gradient=1.0, policy__advantage_clip=1e-9, policy__kl=0, train__images=96, **changes)
 
 
 @pytest.fixture(scope="module")
@@ -133,7 +133,7 @@ def test_the_gradient_through_the_last_call_is_a_finite_difference(grpo, ranks, 
     part, weight = slice(0, 8), trainer.uvit.out.weight
     trainer.engine, engine = trainer.engine.module, trainer.engine  # plain autograd
     gradient, = torch.autograd.grad(trainer._last_call(experience, part).mean(), weight)
-    direction, step = gradient / gradient.norm(), 0.02
+    direction, step = gradient / gradient.norm(), 0.004
     ends = []
     with torch.no_grad():
         for sign in (1, -1):
@@ -145,12 +145,17 @@ def test_the_gradient_through_the_last_call_is_a_finite_difference(grpo, ranks, 
 
 
 def test_it_raises_the_reward(grpo, ranks, portraits_model):
-    """The trust region closed, so that nothing else trains."""
-    trainer = trained_on_gradient_alone(grpo, ranks, portraits_model, optim__eps=1e-8, optim__lr=3e-3)
-    trainer.run()
-    row = rows(grpo["train.run_dir"])
-    rewards = [r["reward/pickscore"] for r in row]
-    assert min(rewards[-2:]) > max(rewards[:2]) + 0.5 and row[-1]["last_call/pickscore"] > row[0]["last_call/pickscore"] + 0.5
+    """Of the same prompts and noise, drawn and scored before and after; advantages are cut to nothing, so that nothing else trains."""
+    trainer = trained_on_gradient_alone(grpo, ranks, portraits_model, optim__eps=1e-8, optim__lr=1e-2)
+
+    def draw():
+        return trainer.roller.draw(trainer.engine.module, 0, trainer._steps(0))
+
+    before = draw()
+    for _ in range(2):
+        trainer.learn(draw())
+    gains = draw().scores["pickscore"] - before.scores["pickscore"]
+    assert gains.mean() > 0.5 and (gains > 0).float().mean() > 0.8
 
 
 def test_rewards_without_a_gradient_are_refused_by_name(grpo, capsys):
