@@ -16,6 +16,7 @@ from proxt2i.rewards import settings_of
 from proxt2i.training.grpo import lora_of, policy_of, read_prompts
 from proxt2i.training.grpo_meter import passes_per_image
 from proxt2i.training.lora import add_adapters
+from proxt2i.training.rollouts import keeps_outputs
 
 
 def dry_run(config: GrpoConfig, world_size: int, say=print) -> None:
@@ -44,8 +45,9 @@ def dry_run(config: GrpoConfig, world_size: int, say=print) -> None:
         f"guidance {', '.join(f'{g:g}' for g in policy.guidance)}")
     say(f"an image costs about {evaluations} evaluations of the network to draw and {update:.0f} to train on, "
         f"{forward_flops(uvit.config) * (evaluations + update) / 1e9:,.1f} GFLOP (VAE and rewards not counted)")
-    state = how.updates * images // world_size * trained * uvit.config.in_channels * uvit.config.sample_size**2 * 4
-    say(f"states kept for the update: {state / 2**20:,.1f} MiB a rank, on the {how.store}; "
+    kept = trained * (2 if keeps_outputs(config, world_size) else 1) + bool(config.policy.reward_gradient)
+    state = how.updates * images // world_size * kept * uvit.config.in_channels * uvit.config.sample_size**2 * 4
+    say(f"states (and outputs) kept for the update: {state / 2**20:,.1f} MiB a rank, on the {how.store}; "
         f"reference network: {num_params * 4 / 2**30 if config.policy.kl and not lora else 0:.2f} GiB")
     for name, entries in (("trained on", config.rewards.train), ("panel", config.rewards.panel)):
         if entries:

@@ -21,14 +21,17 @@ SHARES = {"rollout": "rollout_share", "reward": "reward_share", "reward_wait": "
 
 
 def passes_per_image(config: GrpoConfig, policy: Policy) -> tuple[float, float]:
-    """Forward passes of the network over one image, (to draw it, to train on it), a backward pass counted as two and a guided evaluation twice.
+    """Forward passes of the network over one image, (to draw it, to train on it), a guided evaluation counted twice and a backward pass as two, or with
+    LoRA as one: the frozen weights have no gradient.
 
     What is computed again (old outputs, gradient checkpointing) does not count, nor do the VAE and the rewards.
     """
     how, costs = config.policy, [1 if scale in (0, 1) else 2 for scale in policy.guidance]
     steps = how.steps if how.steps is not None else range(policy.num_transitions)
     transitions = (how.window or len(steps)) * sum(costs[i] for i in steps) / len(steps)
-    return sum(costs), ((4 if how.kl else 3) * transitions + 3 * costs[-1] * bool(how.reward_gradient) + 3 * bool(how.data_weight)) * how.inner_epochs
+    training = 2 if how.lora_rank else 3
+    others = costs[-1] * bool(how.reward_gradient) + bool(how.data_weight)
+    return sum(costs), (training * (transitions + others) + bool(how.kl) * transitions) * how.inner_epochs
 
 
 class GrpoMeter:
@@ -87,9 +90,10 @@ class GrpoMeter:
         """Means since the last reset, and a reset. Collective. Non-numbers are left out.
 
         objective, kl (nats of a transition), log_ratio_abs, clip_fraction: over transitions. reward/NAME: over images; reward_std/NAME: within
-        groups is what advantages use, this is over all images. last_call/NAME: the differentiable reward of `policy.reward_gradient`. Shares are of the time that was not paused, means over ranks: rollout_share (drawing,
-        decoding and waiting for scores) and train_share together are nearly all of it; reward_share is what the rewards took, in their own thread while
-        pictures are drawn, and reward_wait the part of the rollout that waited for them. tflops_per_s, mfu: of useful operations (`passes_per_image`).
+        groups is what advantages use, this is over all images. last_call/NAME: the differentiable reward of `policy.reward_gradient`.
+        Shares are of the time that was not paused, means over ranks: rollout_share (drawing, decoding and waiting for scores) and train_share together are
+        nearly all of it; reward_share is what the rewards took, in their own thread while pictures are drawn, and reward_wait the part of the rollout that
+        waited for them. tflops_per_s, mfu: of useful operations (`passes_per_image`).
         """
         spread = [s for s in self.spreads if math.isfinite(s)]
         phases = [self.seconds[phase] for phase in SHARES]

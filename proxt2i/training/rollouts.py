@@ -99,7 +99,7 @@ class Roller:
         seeds = torch.from_numpy(sample_seeds(self.config.train.seed, images_seen + positions)).to(device)
         rows = torch.from_numpy(row).to(device)
         store = "cpu" if how.store == "cpu" else None
-        keep_eps = how.updates > 1 and how.batch == micro_batch_of(self.config, self.ranks.world_size)
+        keep_eps = keeps_outputs(self.config, self.ranks.world_size)
         keep_last = self.config.policy.reward_gradient > 0
         asked = numbers[row].tolist()
         prompts, metadata = ([of[n] for n in asked] for of in (self.prompts.texts, self.prompts.metadata))
@@ -123,8 +123,8 @@ class Roller:
         advantage, flat = advantages(scores, self.reward_settings, how.group_size, self.config.policy.advantage_clip)
         last = torch.cat([part.states[self.policy.num_transitions] for part in parts]) if keep_last else None
         scales = reward_scales(scores, self.reward_settings, how.group_size)
-        return Experience(seeds, states, eps, text, rows, prompts, metadata, last, scales, advantage[positions].to(device), scores, flat, _spread(torch.cat(latents), rows),
-                          self.scorer.seconds - scored_before, waited)
+        return Experience(seeds, states, eps, text, rows, prompts, metadata, last, scales, advantage[positions].to(device), scores, flat,
+                          _spread(torch.cat(latents), rows), self.scorer.seconds - scored_before, waited)
 
     def _gather(self, own: Tensor) -> Tensor:
         """A number for each image of this rank [M] -> of all ranks, in the rollout's order, on the CPU."""
@@ -132,6 +132,11 @@ class Roller:
         parts = [torch.empty_like(own) for _ in range(self.ranks.world_size)]
         dist.all_gather(parts, own)
         return torch.stack([part.reshape(self.config.rollout.updates, -1) for part in parts], 1).reshape(-1).cpu()
+
+
+def keeps_outputs(config: GrpoConfig, world_size: int) -> bool:
+    """Whether later updates of a rollout have use for its outputs, and a batch of it is a micro-batch of theirs."""
+    return config.rollout.updates > 1 and config.rollout.batch == micro_batch_of(config, world_size)
 
 
 def _spread(latents: Tensor, rows: Tensor) -> float:
