@@ -1,4 +1,4 @@
-"""GRPO of the proximal sampler as published trainers are written (flow_grpo's scripts/train_sd3.py above all), in plain torch: what benchmarks/grpo.py measures ours against.
+"""GRPO of the proximal sampler as published trainers are written (flow_grpo's above all), in plain torch: what benchmarks/grpo.py measures ours against.
 
 The network computes ours' function with ours' weights (checked at the start). The loop keeps every state and its log density from the rollout,
 computes log densities by eager operations (means over elements), reads numbers from the device at every step, groups advantages by the prompt's
@@ -120,7 +120,8 @@ class PlainGrpo:
                 policy_loss = torch.maximum(-s["advantages"] * ratio, -s["advantages"] * ratio.clamp(1 - CLIP, 1 + CLIP)).mean()
                 kl = ((mean - mean_ref) ** 2 / (2 * self.policy.plan.b[i + 1] ** 2)).mean(dim=(1, 2, 3)).mean()
                 ((policy_loss + KL * kl) / (transitions * len(samples))).backward()
-                self.log += [policy_loss.item(), kl.item(), (0.5 * (log_prob - s["log_probs"][i]) ** 2).mean().item(), ((ratio - 1).abs() > CLIP).float().mean().item()]
+                approximate_kl = (0.5 * (log_prob - s["log_probs"][i]) ** 2).mean()
+                self.log += [policy_loss.item(), kl.item(), approximate_kl.item(), ((ratio - 1).abs() > CLIP).float().mean().item()]
         self.log.append(nn.utils.clip_grad_norm_(self.model.parameters(), 1.0).item())
         self.optimizer.step()
         self.optimizer.zero_grad()

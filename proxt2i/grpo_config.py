@@ -148,8 +148,8 @@ def validate(config: GrpoConfig, world_size: int = 1) -> None:
         positive=("prompts.num", "rollout.groups_per_update", "rollout.updates", "rollout.batch", "policy.clip", "policy.advantage_clip",
                   "policy.inner_epochs", "optim.lr", "optim.muon_lr", "optim.eps", "optim.ema_half_life", "train.images", "train.max_bad_steps",
                   "train.log_every", "train.checkpoint_every", "train.keep_checkpoints", "sample.per_prompt", "guard.prompts", "guard.kl_factor"),
-        not_negative=("rollout.guidance", "policy.kl", "policy.window", "policy.lora_rank", "policy.reward_gradient", "policy.data_weight", "optim.weight_decay", "optim.spike", "optim.warmup_images",
-                      "optim.grad_clip", "optim.ema_ramp", "train.threads", "sample.every", "guard.every"),
+        not_negative=("rollout.guidance", "policy.kl", "policy.window", "policy.lora_rank", "policy.reward_gradient", "policy.data_weight",
+                      "optim.weight_decay", "optim.spike", "optim.warmup_images", "optim.grad_clip", "optim.ema_ramp", "train.threads", "sample.every", "guard.every"),
         fractions=("rollout.guidance_below", "optim.final_lr", "guard.min_diversity"))
     check_choices(config, {"guard.alarm": ALARMS, "rollout.store": STORES, "optim.name": OPTIMIZERS, "train.precision": PRECISIONS, "optim.schedule": LR_SCHEDULES})
     check_optim(config.optim, config.train.images)

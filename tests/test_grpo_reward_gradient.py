@@ -45,7 +45,8 @@ def tiny_clip_rewards():
 
 def check_gradient(reward, images, captions, metadata, tolerance):
     """Along its own direction, where nothing is lost in rounding, a central difference of the float path; and the float path agrees with the scores."""
-    images = (0.1 + 0.8 * images + 0.05 * torch.rand(images.shape, generator=torch.Generator().manual_seed(0))).requires_grad_()  # no ties where pooling takes a maximum
+    noise = torch.rand(images.shape, generator=torch.Generator().manual_seed(0))  # no ties where pooling takes a maximum
+    images = (0.1 + 0.8 * images + 0.05 * noise).requires_grad_()
     values = score_differentiably(reward, images, captions, metadata)
     assert values.shape == (len(images),)
     gradient, = torch.autograd.grad(values.sum(), images)
@@ -55,7 +56,8 @@ def check_gradient(reward, images, captions, metadata, tolerance):
         up, down = (score_differentiably(reward, images + sign * step * direction, captions, metadata) for sign in (1, -1))
     torch.testing.assert_close((up - down) / (2 * step), (gradient * direction).flatten(1).sum(1), rtol=0.05, atol=1e-4)
     rounded = quantise(images.detach()).float() / 255
-    torch.testing.assert_close(score_differentiably(reward, rounded, captions, metadata).detach(), score([reward], rounded, captions, metadata)[reward.name], **tolerance)
+    scores = score([reward], rounded, captions, metadata)[reward.name]
+    torch.testing.assert_close(score_differentiably(reward, rounded, captions, metadata).detach(), scores, **tolerance)
 
 
 def test_pickscores_gradient(portraits):
