@@ -12,12 +12,14 @@ REWARDS_CHECK := build/rewards-check
 export PATH := $(BIN):$(PATH)
 
 .DEFAULT_GOAL := help
-.PHONY: help venv test soak demo emulate rewards-check cuda-check gpu-check clean check-machine
+.PHONY: help venv test lint docs soak demo emulate rewards-check cuda-check gpu-check clean check-machine
 
 help:
 	@echo "make demo        draw a data set, train a model on it, sample and evaluate (sets itself up first)"
 	@echo "make test        all tests (sets itself up first); ARGS='-k name' goes to pytest"
 	@echo "make soak        kill -9 a two-rank run 20 times and compare it with an unbroken one, change its ranks, fill its disk; kill a curation; disturb a Slurm job (minutes); KILLS=20 MOMENTS=10"
+	@echo "make lint        ruff and mypy (sets itself up first)"
+	@echo "make docs        the documentation as a web site in build/site (sets itself up first); nothing in it is fetched from elsewhere"
 	@echo "make venv        only the set-up: $(VENV) with everything that constraints.txt names, and the native extension"
 	@echo "make emulate     run the CUDA kernels on the CPU, under sanitizers (make test does too; needs gcc); ARGS='-k name' goes to pytest"
 	@echo "make rewards-check  compare our rewards with the public packages (installs those into $(REWARDS_CHECK)/venv; make test compares with the scores kept)"
@@ -49,7 +51,7 @@ $(STAMP): $(SOURCES)
 	@echo "== installing (minutes the first time)"
 	@"$(BIN)/python" -m pip install --disable-pip-version-check -q $(PIP_ARGS) -c constraints.txt \
 	  setuptools wheel packaging cmake ninja pybind11 numpy "torch>=2.11"
-	@"$(BIN)/python" -m pip install --disable-pip-version-check -q $(PIP_ARGS) -c constraints.txt --no-build-isolation -e '.[test]'
+	@"$(BIN)/python" -m pip install --disable-pip-version-check -q $(PIP_ARGS) -c constraints.txt --no-build-isolation -e '.[test,demo]'
 	@touch $@
 
 venv: $(STAMP)
@@ -57,6 +59,19 @@ venv: $(STAMP)
 # One thread a process: the tests are small, some start several ranks, and OpenMP's barriers crawl on a busy machine.
 test: $(STAMP)
 	@OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} PROXT2I_REQUIRE_NATIVE=1 "$(BIN)/python" -m pytest -q $(ARGS)
+
+# An extra of the installed package: pip adds what is missing and builds nothing.
+$(VENV)/.installed-%: $(STAMP)
+	@"$(BIN)/python" -m pip install --disable-pip-version-check -q $(PIP_ARGS) -c constraints.txt --no-build-isolation 'proxt2i[$*]'
+	@touch $@
+
+lint: $(VENV)/.installed-lint
+	@"$(BIN)/ruff" check $(ARGS)
+	@"$(BIN)/mypy" --cache-dir build/mypy
+
+docs: $(VENV)/.installed-docs
+	@NO_MKDOCS_2_WARNING=1 "$(BIN)/mkdocs" build -q --strict $(ARGS)
+	@echo "the site: build/site/index.html"
 
 soak: $(STAMP)
 	@OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} PROXT2I_REQUIRE_NATIVE=1 KILLS=$(or $(KILLS),20) \

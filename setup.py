@@ -67,7 +67,7 @@ class CMakeBuild(build_ext):
             subprocess.run(configure, check=True)
             subprocess.run([cmake, "--build", str(build), "--target", "_C"], check=True)
         except subprocess.CalledProcessError as error:
-            raise SystemExit(f"proxt2i: the native build failed at `{' '.join(error.cmd)}`; its messages are above {SKIP_HINT}")
+            raise SystemExit(f"proxt2i: the native build failed at `{' '.join(error.cmd)}`; its messages are above {SKIP_HINT}") from None
         target.parent.mkdir(parents=True, exist_ok=True)
         staged = target.with_suffix(".tmp")
         shutil.copy2(build / target.name, staged)

@@ -15,10 +15,12 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from gpu_machine import find_tool
-from gpu_report import Report, Skip
+from gpu_report import Report, Skip, read_json
 
 ROOT = Path(__file__).resolve().parents[1]
 COPY_TARGET = 0.85  # of the copy bandwidth, which the fused step is to reach where the device's memory is what limits it
+LARGE_SECONDS = 240  # for both, compilation included
+MFU_TARGET = 0.45  # of the dense bf16 peak, for U-ViT-H at 256 x 256
 OP_TESTS = [f"tests/test_ops{suffix}.py" for suffix in ("", "_attention", "_matching", "_transition")]
 
 
@@ -270,15 +272,19 @@ TRAINING_NEEDS = ("deepspeed", "diffusers", "transformers", "webdataset", "safet
                   "matplotlib")
 
 
+def require_training():
+    missing = [name for name in TRAINING_NEEDS if find_spec(name) is None]
+    if missing:
+        raise Skip(f"not installed: {', '.join(missing)}, which training needs; without diffusers there is no U-ViT at all")
+
+
 def stage_trainer(report, options):
     """A short portraits run on the GPU, and pictures of its model: whether it runs, and how fast; not how well it learns."""
     cpu = options.device == "cpu"
     folder = ROOT / "build" / "gpu-check" / ("trainer-dry" if cpu else "trainer")
 
     def train():
-        missing = [name for name in TRAINING_NEEDS if find_spec(name) is None]
-        if missing:
-            raise Skip(f"not installed: {', '.join(missing)}, which training needs; without diffusers there is no U-ViT at all")
+        require_training()
         shutil.rmtree(folder, ignore_errors=True)
         launcher = [find_tool("deepspeed") or "deepspeed", "--num_gpus", "1"]
         images, drawn = (256, 128) if cpu else (16000, 4000)
@@ -299,6 +305,48 @@ def stage_trainer(report, options):
 
     report.run("train portraits", train)
     report.run("sample", sample)
+
+
+def stage_large_model(report, options):
+    """U-ViT-H at 256 x 256 by the trainer: MFU, eager and compiled; tables of the kernels are left beside the logs."""
+    cpu = options.device == "cpu"
+    folder = ROOT / "build" / "gpu-check" / ("large-dry" if cpu else "large")
+    result = folder / "result.json"
+
+    def train():
+        require_training()
+        sizes = ["--micro-batch", 2, "--accumulate", 1, "--steps", 1, "--warmup", 1, "--eager"] if cpu else ["--steps", 4, "--profile", folder / "kernels.txt"]
+        result.unlink(missing_ok=True)
+        run_command([sys.executable, "benchmarks/large_model.py", "--device", options.device, "--folder", folder, "--out", result, *sizes], LARGE_SECONDS)
+        return figures("eager")
+
+    def figures(kind):
+        row = read_json(result).get(kind)
+        if row is None:
+            raise Skip("not measured")
+        return {key: row[key] for key in ("images_per_s", "tflops_per_s", "mfu", "memory_gib", "data_wait", "loss", "warmup_s") if key in row}
+
+    def compiled():
+        row = figures("compiled")
+        return row | ({"failure": f"below the target of {MFU_TARGET:.0%} MFU"} if row.get("mfu", 1) < MFU_TARGET else {})
+
+    report.run("eager", train)
+    report.run("compiled", compiled)
+
+
+def stage_large_sample(report, options):
+    """U-ViT-H at 512 x 512 in 10 steps, against Stable Diffusion 3.5 Medium's network at 28 and 40."""
+    cpu = options.device == "cpu"
+
+    def sample():
+        require_training()
+        result = ROOT / "build" / "gpu-check" / "large_sample.json"
+        run_command([sys.executable, "benchmarks/large_sample.py", "--device", options.device, "--out", result, *(["--batches", 1, "--repeats", 1] if cpu else [])], 110)
+        row = read_json(result)
+        rates = {f"{kind}: {name}": line["images_per_s"] for kind in ("ours", "sd3.5-medium") for name, line in row[kind].items()}
+        return rates | {f"overhead: {name}": line["overhead"] for name, line in row["ours"].items() if "overhead" in line} | row["ratio"]
+
+    report.run("U-ViT-H against SD3.5 Medium", sample)
 
 
 STAGES = {name.removeprefix("stage_"): stage for name, stage in list(globals().items()) if name.startswith("stage_")}

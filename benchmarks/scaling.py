@@ -1,6 +1,6 @@
-"""Memory, communication and time of training on 8 to 1,024 GPUs, from a model of devices and network: nothing here is measured.
+"""Memory, communication and time of training on 8 to 1,024 GPUs, from one GPU's measured speed and a model of the network.
 
-    python benchmarks/scaling.py [--peak-tflops 989 --efficiency 0.4 --images 32 ...]
+    python benchmarks/scaling.py [--peak-tflops 989 --efficiency 0.336 --images 32 ...]
 
 Prints the tables of docs/scaling.md. Memory is proxt2i/dry_run.py's count, operations are proxt2i/models/flops.py's.
 """
@@ -19,7 +19,8 @@ from proxt2i.models.flops import forward_flops  # noqa: E402
 from proxt2i.models.uvit import build_uvit  # noqa: E402
 from proxt2i.training.engine import MAX_BUCKET  # noqa: E402
 
-SIZES = {"H": {}, "2B": {"embed_dim": 2048, "depth": 36, "num_heads": 16}, "8B": {"embed_dim": 3584, "depth": 48, "num_heads": 28}}
+SIZES = {"H": {}, "2B": {"embed_dim": 2048, "depth": 36, "num_heads": 16, "gradient_checkpointing": True},
+         "8B": {"embed_dim": 3584, "depth": 48, "num_heads": 28, "gradient_checkpointing": True}}
 GPUS = (8, 64, 256, 1024)
 A_NODE = 8  # GPUs
 FP32 = 4  # bytes: gradients and weights travel in it
@@ -35,23 +36,24 @@ def collective_seconds(num_bytes: float, gpus: int, given) -> float:
     return max(inside, between) + buckets * (gpus - 1) * given.latency * 1e-6
 
 
-def step_seconds(num_params: int, forward: float, stage: int, gpus: int, given) -> tuple[float, float]:
-    """(seconds of one step, share of them in which the GPUs wait for the network). forward: operations of one rank's images.
+def step_seconds(num_params: int, forward: float, backward: int, stage: int, gpus: int, given) -> tuple[float, float]:
+    """(seconds of one step, share of them in which the GPUs wait for the network). forward: operations of one rank's images; backward: how
+    many forward passes a backward pass costs, 2, or 3 with recomputation.
 
-    ZeRO-2 sums gradients during the backward pass (with recomputation, 3 forward passes) and gathers the new weights afterwards. ZeRO-3
-    gathers weights before both passes and sums gradients, all behind the arithmetic.
+    ZeRO-2 sums gradients during the backward pass and gathers the new weights afterwards. ZeRO-3 gathers weights before both passes and
+    sums gradients, all behind the arithmetic.
     """
     unit = forward / (given.peak_tflops * 1e12 * given.efficiency)
     once = collective_seconds(FP32 * num_params, gpus, given)
-    total = unit + max(3 * unit, once) + once if stage == 2 else max(unit, once) + max(3 * unit, 2 * once)
-    return total, 1 - 4 * unit / total
+    total = unit + max(backward * unit, once) + once if stage == 2 else max(unit, once) + max(backward * unit, 2 * once)
+    return total, 1 - (1 + backward) * unit / total
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--peak-tflops", type=float, default=989, help="dense bf16 peak of a GPU (TFLOP/s)")
-    add("--efficiency", type=float, default=0.4, help="share of it that the arithmetic reaches, recomputation included")
+    add("--efficiency", type=float, default=0.336, help="share of it that the arithmetic reaches, recomputation included (measured: docs/kernels.md)")
     add("--images", type=int, default=32, help="images of a rank and step (default: 32)")
     add("--batch", type=int, help="images of a step, all ranks together: the ranks share them (default: each has --images)")
     add("--nvlink", type=float, default=300, help="what a GPU sends within its node (GB/s)")
@@ -61,7 +63,7 @@ def main() -> None:
     given = parser.parse_args()
     for name, shape in SIZES.items():
         with torch.device("meta"):
-            uvit = build_uvit("H", qk_norm=True, gradient_checkpointing=True, **shape)
+            uvit = build_uvit("H", qk_norm=True, **shape)
         num_params = sum(p.numel() for p in uvit.parameters())
         forward = forward_flops(uvit.config)
         print(f"\n**{name}**: {num_params / 1e6:,.0f} M parameters, {3 * forward / 1e12:.2f} TFLOP an image\n")
@@ -71,7 +73,7 @@ def main() -> None:
             images = given.batch // gpus if given.batch else given.images
             cells = {key: [] for key in ("state", "sent", "speed", "wait", "mfu", "days")}
             for stage in (2, 3):
-                seconds, waiting = step_seconds(num_params, images * forward, stage, gpus, given)
+                seconds, waiting = step_seconds(num_params, images * forward, 3 if uvit.gradient_checkpointing else 2, stage, gpus, given)
                 speed = images * gpus / seconds
                 cells["state"].append(f"{sum(state_memory(0, num_params, stage, gpus).values()) / 2**30:.1f}")
                 cells["sent"].append(f"{stage * FP32 * num_params * (gpus - 1) / gpus / 1e9:.1f}")

@@ -14,6 +14,10 @@ void define_ops(Library& m) {
   m.def(
       "attention_backward(Tensor grad_out, Tensor qkv, Tensor out, Tensor lse, Tensor? key_lengths, Tensor? q_weight, Tensor? k_weight, "
       "float scale, float norm_eps) -> (Tensor, Tensor, Tensor)");
+  m.def("qkv_norm(Tensor qkv, Tensor q_weight, Tensor k_weight, float norm_eps) -> (Tensor, Tensor, Tensor)");
+  m.def(
+      "qkv_norm_backward(Tensor grad_q, Tensor grad_k, Tensor grad_v, Tensor qkv, Tensor q_weight, Tensor k_weight, float norm_eps) "
+      "-> (Tensor, Tensor, Tensor)");
   m.def("philox_normal(Tensor seeds, int step, int count) -> Tensor");
   m.def(
       "transition_log_ratio(Tensor eps_cond, Tensor? eps_uncond, Tensor eps_old, Tensor? eps_ref, Tensor? noise, Tensor? seeds, "

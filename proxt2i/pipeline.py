@@ -1,7 +1,7 @@
 """Prompt to picture: text encoders, proximal sampler, VAE, in one function.
 
 `python -m proxt2i.sample`, `python -m proxt2i.evaluate` and the trainer's sample grids all draw through `generate`; it and
-`ProxT2IPipeline` (pipeline_diffusers.py) share `sample_latents`.
+`ProxT2IPipeline` (pipeline_diffusers.py) share `sample_latents`. The page in the browser (drawing.py) walks its `trajectories`.
 """
 
 from __future__ import annotations
@@ -62,6 +62,45 @@ def latent_size(bundle: Bundle, size: tuple[int, int] | None = None) -> tuple[in
 
 
 @torch.no_grad()
+def trajectories(
+    bundle: Bundle,
+    prompts: Sequence[str],
+    seeds: Sequence[int],
+    *,
+    negative_prompts: Sequence[str] | None = None,
+    num_steps: int | None = None,
+    guidance_scale: float | None = None,
+    plan: str | None = None,
+    guidance_below: float | None = None,
+    size: tuple[int, int] | None = None,
+    batch_size: int = 64,
+    device: torch.device | str | None = None,
+    want_x: bool = True,
+) -> Iterator[Iterator[tuple[int, Tensor, Tensor | None]]]:
+    """`sample_latents`, step by step: of every batch the iterator of `diffusion.trajectory`, to be walked without gradients."""
+    if len(prompts) != len(seeds):
+        raise ValueError(f"{len(prompts)} prompts but {len(seeds)} seeds: give one seed per picture")
+    steps = plan_of(bundle.settings, num_steps, plan)
+    scales = guidance_scales(steps.tau, *guidance_of(bundle.settings, guidance_scale, guidance_below))
+    device = torch.device(device) if device else next(bundle.uvit.parameters()).device
+    shape = (bundle.uvit.config.in_channels, *latent_size(bundle, size))
+    seeds = torch.as_tensor(seeds, dtype=torch.int64, device=device)
+
+    def encoded(captions):  # every distinct one once, and the row of each picture's
+        distinct = list(dict.fromkeys(captions))
+        return bundle.text(distinct), torch.tensor([distinct.index(caption) for caption in captions], device=device)
+
+    text, row = encoded(prompts)
+    null_text, null_row = encoded(negative_prompts) if negative_prompts is not None else (bundle.text([""]), None)
+    for chosen in torch.arange(len(prompts), device=device).split(batch_size):
+        null = null_text if null_row is None else [e[null_row[chosen]] for e in null_text]
+        eps_fn = guided(bundle.network or bundle.uvit, [e[row[chosen]] for e in text], null)
+        if bundle.settings.objective == "score":
+            eps_fn = prox_from_eps(eps_fn, steps.schedule)
+        yield trajectory(eps_fn, steps, shape, seeds[chosen], guidance_scale=scales, want_x=want_x)
+
+
+@torch.no_grad()
 def sample_latents(
     bundle: Bundle,
     prompts: Sequence[str],
@@ -84,26 +123,9 @@ def sample_latents(
     callback(i, y, x) after step i of a batch: see `diffusion.sample`; the batch ends with this x when it returns False.
     after_step: called after every step.  All else: see `generate`, whose errors it raises.
     """
-    if len(prompts) != len(seeds):
-        raise ValueError(f"{len(prompts)} prompts but {len(seeds)} seeds: give one seed per picture")
-    steps = plan_of(bundle.settings, num_steps, plan)
-    scales = guidance_scales(steps.tau, *guidance_of(bundle.settings, guidance_scale, guidance_below))
-    device = torch.device(device) if device else next(bundle.uvit.parameters()).device
-    shape = (bundle.uvit.config.in_channels, *latent_size(bundle, size))
-    seeds = torch.as_tensor(seeds, dtype=torch.int64, device=device)
-
-    def encoded(captions):  # every distinct one once, and the row of each picture's
-        distinct = list(dict.fromkeys(captions))
-        return bundle.text(distinct), torch.tensor([distinct.index(caption) for caption in captions], device=device)
-
-    text, row = encoded(prompts)
-    null_text, null_row = encoded(negative_prompts) if negative_prompts is not None else (bundle.text([""]), None)
-    for chosen in torch.arange(len(prompts), device=device).split(batch_size):
-        null = null_text if null_row is None else [e[null_row[chosen]] for e in null_text]
-        eps_fn = guided(bundle.uvit, [e[row[chosen]] for e in text], null)
-        if bundle.settings.objective == "score":
-            eps_fn = prox_from_eps(eps_fn, steps.schedule)
-        for i, y, x in trajectory(eps_fn, steps, shape, seeds[chosen], guidance_scale=scales, want_x=callback is not None):
+    for steps in trajectories(bundle, prompts, seeds, negative_prompts=negative_prompts, num_steps=num_steps, guidance_scale=guidance_scale, plan=plan,
+                              guidance_below=guidance_below, size=size, batch_size=batch_size, device=device, want_x=callback is not None):
+        for i, y, x in steps:
             after_step()
             if callback is not None and callback(i, y, x) is False:
                 break
@@ -116,6 +138,7 @@ def generate(
     prompts: Sequence[str],
     seeds: Sequence[int],
     *,
+    negative_prompts: Sequence[str] | None = None,
     num_steps: int | None = None,
     guidance_scale: float | None = None,
     plan: str | None = None,
@@ -128,6 +151,7 @@ def generate(
     """One picture per (prompt, seed): uint8 [len(prompts), 3, H, W] on the CPU.
 
     A picture's noise is a function of its seed alone; the batch it is made in changes its pixels by rounding at most.
+    negative_prompts: what guidance leads away from, one a picture; None: the empty caption.
     num_steps, guidance_scale, plan, guidance_below (see `diffusion.guidance_scales`): None takes the model's own default.
     size: (height, width) of the pictures in pixels; None: the model's own square.
     batch_size: pictures sampled together (guidance doubles the network's batch). callback(i, y, x): see `diffusion.sample`, called for every batch.
@@ -136,8 +160,8 @@ def generate(
     pictures = []
     with tqdm(total=len(prompts), desc="sampling", unit="image", disable=not progress) as bar:
         for latents in sample_latents(
-            bundle, prompts, seeds, num_steps=num_steps, guidance_scale=guidance_scale, plan=plan, guidance_below=guidance_below,
-            size=size, batch_size=batch_size, callback=callback,
+            bundle, prompts, seeds, negative_prompts=negative_prompts, num_steps=num_steps, guidance_scale=guidance_scale, plan=plan,
+            guidance_below=guidance_below, size=size, batch_size=batch_size, callback=callback,
         ):  # fmt: skip
             pictures.append(to_uint8(bundle.codec.decode(latents)).cpu())
             bar.update(len(latents))

@@ -8,6 +8,7 @@ import torch
 from diffusers import AutoencoderKL, DiffusionPipeline, ImagePipelineOutput
 from torch import Tensor
 
+from .diffusion import CudaGraphs
 from .diffusion.scheduler import ProximalScheduler
 from .images import to_pil, to_uint8
 from .models.bundle import EMBEDDED, Bundle, Settings, check_fit, find_components, load_components, write_card
@@ -54,6 +55,7 @@ class ProxT2IPipeline(DiffusionPipeline):
                 encoder.to(uvit.dtype)  # transformers loads what the file holds
         self.register_modules(uvit=uvit, scheduler=scheduler, text_encoder=text_encoder, tokenizer=tokenizer,
                               text_encoder_2=text_encoder_2, tokenizer_2=tokenizer_2, vae=vae)
+        self._network = None
         bundle = self.bundle
         check_fit(bundle.uvit, bundle.text, bundle.codec, "this pipeline")
         self._interrupt = False
@@ -67,7 +69,7 @@ class ProxT2IPipeline(DiffusionPipeline):
         if not isinstance(self.scheduler, ProximalScheduler):
             raise ValueError(f"the scheduler is a {type(self.scheduler).__name__}; the U-ViT of this pipeline answers a ProximalScheduler only")
         settings = Settings(**{field.name: self.scheduler.config[field.name] for field in fields(Settings)})
-        return Bundle(self.uvit.requires_grad_(False).eval(), text, codec, settings)
+        return Bundle(self.uvit.requires_grad_(False).eval(), text, codec, settings, network=self._network)
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path, **kwargs):
@@ -82,6 +84,14 @@ class ProxT2IPipeline(DiffusionPipeline):
         bundle = self.bundle
         write_card(Path(save_directory), bundle.uvit, bundle.settings)
         super().save_pretrained(str(save_directory), **kwargs)
+
+    def enable_cuda_graphs(self) -> None:
+        """Replay the network instead of launching it kernel by kernel: faster for small batches on a GPU, the same elsewhere. For many calls
+        of the same sizes; see diffusion.CudaGraphs."""
+        self._network = CudaGraphs(self.uvit)
+
+    def disable_cuda_graphs(self) -> None:
+        self._network = None
 
     def enable_vae_slicing(self) -> None:
         """Decode one picture after the other: less memory."""
@@ -153,7 +163,7 @@ class ProxT2IPipeline(DiffusionPipeline):
         if tuple(callback_on_step_end_tensor_inputs) != ("latents",):
             raise ValueError("callback_on_step_end_tensor_inputs: only 'latents' can be asked for")
         own = latent_size(bundle)
-        size = tuple(side or of_model * bundle.codec.factor for side, of_model in zip((height, width), own))
+        size = (height or own[0] * bundle.codec.factor, width or own[1] * bundle.codec.factor)
         latent_size(bundle, size)
         steps = plan_of(bundle.settings, num_inference_steps)
         guidance_scale, guidance_below = guidance_of(bundle.settings, guidance_scale, guidance_below)

@@ -24,8 +24,8 @@ from PIL import Image
 from safetensors import SafetensorError, safe_open
 
 from proxt2i.config import Config
-from proxt2i.grpo_config import GrpoConfig
 from proxt2i.data.index import write_atomically
+from proxt2i.grpo_config import GrpoConfig
 from proxt2i.report_plots import plots
 from proxt2i.training.checkpoint import finished
 from proxt2i.training.state import SavedState

@@ -22,6 +22,8 @@ expression (smiling, serious, surprised), glasses or sunglasses, hat (beanie, br
 yellow, pink, white). Image i of every prompt uses seed SEED + i; the same seed and settings give the same picture.
 """
 
+SHIPPED_NAME = "portraits (shipped)"  # what PNGs call the shipped model
+
 
 def size(text: str) -> tuple[int, int]:
     """"320x192" -> (320, 192)."""
@@ -39,6 +41,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--steps", type=int, help="sampling steps = network calls per picture (default: the model's, 8); a network "
                         "is good at the numbers it was trained for, the shipped one at 4 to 10")
     parser.add_argument("--guidance", type=float, help="guidance scale; 1 switches guidance off (default: the model's)")
+    parser.add_argument("--negative-prompt", metavar="TEXT", help="what guidance leads away from, for every prompt (default: the empty caption)")
     parser.add_argument("--guidance-below", type=float, metavar="T", help="guide only steps with the noise of a time up to T: 1 all, 0 the last one; "
                         "fewer guided steps are faster and keep more variety (default: the model's)")
     parser.add_argument("--plan", help="relaxed, hybrid (as published), backward, variance_preserving or ode (default: the model's)")
@@ -86,6 +89,12 @@ def slug(prompt: str) -> str:
     return re.sub(r"[^a-z0-9]+", "-", prompt.lower()).strip("-")[:60] or "prompt"
 
 
+def png_settings(plan, guidance: float, below: float, model: str, negative: str = "") -> dict:
+    """What a picture's PNG says of the sampling, beside its prompt and seed."""
+    settings = {"steps": plan.num_steps, "guidance_scale": guidance, "guidance_below": below, "plan": plan.name, "model": model}
+    return {**settings, "negative_prompt": negative} if negative else settings
+
+
 def main(argv: list[str] | None = None) -> int:
     args = parse_args(argv)
     try:
@@ -98,11 +107,9 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def run(args: argparse.Namespace, prompts: list[str]) -> int:
-    import torch
-
+    from .embedded import SHIPPED_MODEL
     from .images import grid, save_png, to_pil
     from .models.bundle import load_bundle
-    from .embedded import SHIPPED_MODEL
     from .pipeline import generate, guidance_of, latent_size, pick_device, plan_of
 
     device = pick_device(args.device)
@@ -110,18 +117,19 @@ def run(args: argparse.Namespace, prompts: list[str]) -> int:
     plan = plan_of(bundle.settings, args.steps, args.plan)
     guidance, below = guidance_of(bundle.settings, args.guidance, args.guidance_below)
     latent_size(bundle, args.size)  # refused before the folder is made
-    bundle.text.warn_unheard(prompts)
+    negative = (args.negative_prompt or "").strip()
+    bundle.text.warn_unheard([*prompts, negative])
     args.out.mkdir(parents=True, exist_ok=True)
 
     seeds = [args.seed + i for i in range(args.num_images)]
     start = time.perf_counter()
     images = generate(
-        bundle, [p for p in prompts for _ in seeds], seeds * len(prompts),
+        bundle, [p for p in prompts for _ in seeds], seeds * len(prompts), negative_prompts=[negative] * len(prompts) * len(seeds) if negative else None,
         num_steps=plan.num_steps, guidance_scale=guidance, guidance_below=below, plan=plan.name, size=args.size, batch_size=args.batch_size, progress=sys.stderr.isatty(),
     )  # fmt: skip
     seconds = time.perf_counter() - start
 
-    common = {"steps": plan.num_steps, "guidance_scale": guidance, "guidance_below": below, "plan": plan.name, "model": str(args.model or "portraits (shipped)")}
+    common = png_settings(plan, guidance, below, str(args.model or SHIPPED_NAME), negative)
     for j, prompt in enumerate(prompts):
         for i, seed in enumerate(seeds):
             path = args.out / f"{j:03d}-{slug(prompt)}-seed{seed}.png"

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import torch
 
 from proxt2i import _C  # noqa: F401  (registers torch.ops.proxt2i.*)
+from proxt2i.diffusion import CudaGraphs
 from proxt2i.ops import attention, guided_eps, noised_pair, prox_matching_loss, prox_step, step_row, transition_log_ratio
 from proxt2i.ops.attention import attention_ref
 
@@ -196,6 +197,29 @@ def check_attention_qk_norm(target):
     _check_attention(target, normalised=True)
 
 
+def check_qkv_norm(target):
+    """QK-norm beside torch's attention, forward and backward: at most twice the error of plain torch in the same dtype."""
+    if not hasattr(target.ops, "qkv_norm") or target.device == "cpu" and target.ops is CPU:
+        raise NotHere("qkv_norm is CUDA's")
+    cases = [(3, 2, 64), (11, 3, 72), (5, 1, 128)] + ([] if target.small else [(463, 16, 72), (1231, 16, 128), (2000, 16, 64)])
+    for (tokens, heads, dim), dtype in itertools.product(cases, (torch.bfloat16, torch.float16)):
+        qkv, _, _, weights = _attention_inputs(tokens, heads, dim, 0, None, dtype, True)
+        grads = [torch.randn(2, tokens, heads, dim, generator=torch.Generator().manual_seed(i)).to(dtype) for i in range(3)]
+
+        def plain(kind):
+            leaves = [t.to(kind, copy=True).requires_grad_() for t in (qkv, *weights)]
+            q, k, v = leaves[0].unbind(2)
+            outputs = [torch.nn.functional.rms_norm(x, (dim,), weight, 1e-6) for x, weight in ((q, leaves[1]), (k, leaves[2]))] + [v]
+            return [*outputs, *torch.autograd.grad(outputs, leaves, [grad.to(kind) for grad in grads])]
+
+        grad_qkv, *partial = target.call("qkv_norm_backward", *grads, qkv, *weights, 1e-6)
+        ours = [*target.call("qkv_norm", qkv, *weights, 1e-6), grad_qkv, *(p.sum(0) for p in partial)]
+        for i, (mine, theirs, exact) in enumerate(zip(ours, plain(dtype), plain(torch.float64), strict=True)):
+            error, allowed = (mine.double() - exact).abs().max(), (theirs.double() - exact).abs().max()
+            floor = torch.finfo(dtype).eps * float(exact.detach().abs().max())
+            assert error <= max(2 * allowed, floor), f"{tokens} x {heads} x {dim} {dtype} [{i}]: error {error:.3g}, plain torch's {allowed:.3g}"
+
+
 # ---- what the operators are used through -----------------------------------------------------------------------------------
 
 def check_autograd(target):
@@ -228,6 +252,12 @@ def check_attention_autograd(target):
     grads = torch.autograd.grad(out, leaves, grad.to(target.device))
     assert_same_bits([out.detach(), grads[0]], _our_attention(target, qkv, grad, None, weights)[:2], "attention through autograd")
     assert [g.dtype for g in grads] == [torch.bfloat16, torch.float32, torch.float32]
+    # torch's softmax attention after our QK-norm
+    fused = attention(leaves[0], num_queries=60, q_weight=leaves[1], k_weight=leaves[2], impl="sdpa")
+    exact = _plain_attention(qkv, grad, None, weights, torch.float64, target.device)
+    for mine, true in zip([fused, *torch.autograd.grad(fused, leaves, grad.to(target.device))], exact, strict=True):
+        error = (mine.detach().cpu().double() - true).norm() / true.norm()
+        assert error < 2e-2, f"sdpa after qkv_norm: relative error {error:.3g}"
 
 
 def _step_arguments(device):
@@ -257,6 +287,34 @@ def check_cuda_graph(target):
             torch.cuda.synchronize()
             expected = prox_step(y.cpu(), cond.cpu(), uncond.cpu(), other, seeds=seeds.cpu(), impl="native")[:2]
             assert_same_bits(captured, expected, "replayed step")
+
+
+class _Network(torch.nn.Module):
+    """Something that is called as a U-ViT is."""
+
+    def __init__(self):
+        super().__init__()
+        self.of_y, self.of_text = torch.nn.Linear(8, 8), torch.nn.Linear(6, 8)
+
+    def forward(self, y, t, lam, text):
+        scale = torch.rsqrt(1 + lam)[:, None, None]
+        return self.of_y(y * scale).tanh() + self.of_text(text[0]).mean(1, keepdim=True) * t[:, None, None]
+
+
+def check_network_graph(target):
+    """diffusion.CudaGraphs: what the network computes, for every size, also after its weights have changed in place or moved."""
+    target.needs_cuda("a graph")
+    torch.manual_seed(0)
+    network = _Network().to(target.device).requires_grad_(False)
+    graphs = CudaGraphs(network, max_graphs=2)
+    for round, batch in itertools.product(range(3), (1, 4, 3)):
+        y, t, lam, text = (torch.randn(shape).abs().to(target.device) for shape in ((batch, 5, 8), (batch,), (batch,), (batch, 2, 6)))
+        with torch.no_grad():
+            if batch == 4:
+                network.of_y.weight.mul_(1.5)
+            elif batch == 3 and round == 1:
+                network.of_y.weight.data = network.of_y.weight.data.clone()
+            assert_same_bits([graphs(y, t, lam, [text])], [network(y, t, lam, [text]).cpu()], f"round {round}, batch {batch}")
 
 
 def check_streams(target):

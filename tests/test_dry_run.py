@@ -57,7 +57,7 @@ def test_state_is_shared_as_the_stage_says():
 
 
 def test_it_prints_what_uvit_h_needs(capsys):
-    config = load_config(ROOT / "configs" / "uvit_h_256.yaml", ["data.shards=portraits", "train.peak_tflops=312"], world_size=16)
+    config = load_config(ROOT / "configs" / "uvit_h_256.yaml", ["data.shards=portraits", "train.peak_tflops=312", "model.gradient_checkpointing=true"], world_size=16)
     dry.dry_run(config, read_deepspeed_json(ROOT / "configs" / "zero2.json"), 16)
     output = capsys.readouterr().out
     assert "16 rank(s), ZeRO-2" in output and "1,024 images a step = 16 x 2 x 32" in output

@@ -14,7 +14,7 @@ import torch
 from op_cases import DEVICES, OPS, restore_cpu  # noqa: F401  (a fixture)
 
 from proxt2i import _C
-from proxt2i.ops import native, native_available, philox_normal, prox_step, step_row
+from proxt2i.ops import native, philox_normal, prox_step, step_row
 from proxt2i.ops.philox import box_muller, philox4x32_10, philox_words_ref
 
 STEP = dict(guidance_scale=2.5, sqrt_lam=0.8, a=1.2, b=0.6)

@@ -13,6 +13,7 @@ from PIL import Image
 from runs import ROOT
 
 from proxt2i import ProximalScheduler, ProxT2IPipeline, sample
+from proxt2i.diffusion import CudaGraphs
 from proxt2i.embedded import SHIPPED_MODEL
 from proxt2i.models.bundle import Bundle, Settings, load_bundle, load_components, save_bundle
 from proxt2i.models.uvit import build_uvit
@@ -42,6 +43,16 @@ def test_pictures_are_those_of_the_command_line(shipped, tmp_path):
     assert len(drawn) == len(files) == 4
     for picture, file in zip(drawn, files):
         assert np.array_equal(np.asarray(picture), np.asarray(Image.open(file)))
+
+
+def test_cuda_graphs_can_be_asked_for_anywhere(shipped):
+    """On a CPU the network is called as it is; on GPUs tests/device_checks.py compares them."""
+    plain = shipped(PROMPT, seeds=5, num_inference_steps=4, output_type="pt").images
+    shipped.enable_cuda_graphs()
+    assert isinstance(shipped.bundle.network, CudaGraphs)
+    assert torch.equal(shipped(PROMPT, seeds=5, num_inference_steps=4, output_type="pt").images, plain)
+    shipped.disable_cuda_graphs()
+    assert shipped.bundle.network is None
 
 
 LOAD = """

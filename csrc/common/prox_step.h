@@ -10,7 +10,7 @@ namespace coefficient {
 enum { guidance_scale, sqrt_lam, a, b, clean_y, clean_eps, memory, draw, count };
 }
 
-// One image's coefficients in the arithmetic's type.
+// One image's coefficients in the arithmetic's type, in the table's order.
 template <typename T>
 struct StepRow {
   T guidance_scale, sqrt_lam, a, b, clean_y, clean_eps, memory;

@@ -1,6 +1,5 @@
 // Attention, forward (after FlashAttention-2: Dao, 2023): a block takes 64 queries of one head, a warp 16 of them, and goes through the
-// keys 64 at a time with a running maximum and sum. The next keys and values arrive while these are worked on. *Unverified*: compiled and
-// emulated in CI, not yet run on a GPU.
+// keys 64 at a time with a running maximum and sum. The next keys and values arrive while these are worked on.
 #include <cmath>
 
 #include "attention.cuh"

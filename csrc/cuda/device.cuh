@@ -39,7 +39,7 @@ namespace proxt2i {
 struct OnDeviceOf {
   explicit OnDeviceOf(const torch::stable::Tensor& t) : guard(t.get_device_index()) {
     void* current = nullptr;
-    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(t.get_device_index(), &current));
+    STD_TORCH_CHECK(aoti_torch_get_current_cuda_stream(t.get_device_index(), &current) == AOTI_TORCH_SUCCESS, "no current CUDA stream");
     stream = static_cast<cudaStream_t>(current);
   }
   torch::stable::accelerator::DeviceGuard guard;

@@ -1,4 +1,4 @@
-// Training pairs and their errors on CUDA. *Unverified*: compiled for sm_80 and sm_90a in every CI run, but not yet run on a GPU.
+// Training pairs and their errors on CUDA.
 #include "../common/matching.h"
 
 #include "elements.cuh"

@@ -1,5 +1,4 @@
-// Likelihood ratios of Gaussian transitions on CUDA. *Unverified*: compiled for sm_80 and sm_90a in every CI run, but not yet run on a
-// GPU.
+// Likelihood ratios of Gaussian transitions on CUDA.
 #include "../common/transition.h"
 
 #include "elements.cuh"

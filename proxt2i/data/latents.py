@@ -24,8 +24,7 @@ from tqdm import tqdm
 
 from proxt2i.data.buckets import describe, make_buckets
 from proxt2i.data.index import index_shards
-from proxt2i.data.latent_shards import (ABOUT, DTYPES, INDEX, LatentDataset, file_sha256, fingerprint, read_index, write_index,
-                                        write_latent_shard)
+from proxt2i.data.latent_shards import ABOUT, DTYPES, INDEX, LatentDataset, file_sha256, fingerprint, read_index, write_index, write_latent_shard
 from proxt2i.data.loader import BadSamples, ReadAhead
 from proxt2i.data.shards import Bad, ShardDataset
 from proxt2i.data.writing import write_atomically
@@ -307,7 +306,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _run(given: argparse.Namespace) -> None:
-    from proxt2i.models.bundle import EMBEDDED                # a command is at the end of the data's way
+    from proxt2i.models.bundle import EMBEDDED  # a command is at the end of the data's way
     from proxt2i.models.files import component_digests, require_folder
     from proxt2i.models.text import TextEncoder, encoder_names
     from proxt2i.models.vae import load_codec

@@ -90,7 +90,7 @@ def make_plan(name: str, num_steps: int, schedule: VPSchedule = VPSchedule(), gr
         raise ValueError(_too_few_steps(num_steps, max(gammas), schedule, grid))
     t = tuple(reversed(times[:-1]))
     if name == "relaxed":
-        return Plan(name, num_steps, t, *_relaxed(t, tuple(reversed(gammas)), schedule, eta, extrapolation), schedule)
+        return Plan(name, num_steps, t, *_relaxed(t, tuple(reversed(gammas)), schedule, eta, extrapolation), schedule)  # type: ignore[call-arg]
     lam, a, b = zip(*(_ROWS[name](gamma) for gamma in reversed(gammas)))
     return Plan(name, num_steps, t, lam, a, b, (1.0,) * num_steps, (0.0,) * num_steps, schedule)
 
@@ -101,7 +101,7 @@ def relaxed_plan(alphas: Sequence[float], schedule: VPSchedule, eta: float = 1.0
     The split of a level into t and lam does not matter to a posterior mean: all are the same function of the input.
     """
     t, lam = (0.0,) * len(alphas), tuple((1 - alpha) / alpha for alpha in alphas)
-    return Plan("relaxed", len(alphas), t, *_relaxed(t, lam, schedule, eta, extrapolation), schedule)
+    return Plan("relaxed", len(alphas), t, *_relaxed(t, lam, schedule, eta, extrapolation), schedule)  # type: ignore[call-arg]
 
 
 def _relaxed(t, lam, schedule, eta, extrapolation):

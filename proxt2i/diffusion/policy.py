@@ -77,7 +77,7 @@ def make_policy(plan: Plan | ScorePlan, guidance_scale: float | Sequence[float] 
         std, first_draw = plan.b[1:], 2
         mean = [a * rho * math.sqrt(lam) for a, rho, lam in zip(plan.a[1:], plan.rho, plan.lam)]
     else:
-        std, mean, first_draw = plan.b[:-1], plan.c[:-1], 1
+        std, mean, first_draw = plan.b[:-1], list(plan.c[:-1]), 1
     if min(std) <= 0:
         stochastic = '"hybrid", "backward", "variance_preserving", or "relaxed" with eta > 0' if isinstance(plan, Plan) else '"ddpm" or "euler_maruyama"'
         raise ValueError(f'plan "{plan.name}" adds no noise, so its transitions have no density: use {stochastic}')

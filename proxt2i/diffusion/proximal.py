@@ -85,6 +85,17 @@ def step_rows(plan: Plan, scales: Sequence[float]) -> list[list[float]]:
     return rows
 
 
+def clean_estimate(plan: Plan, i: int, y: Tensor, x: Tensor) -> Tensor:
+    """The clean image D that step i implies (see `step_rows`), of its input y and result x, [B, *shape] each; at the last step x itself.
+
+    x = y - rho sqrt(lam) eps gives back the eps that was used, guidance included.
+    """
+    if i + 1 == plan.num_steps:
+        return x
+    t, lam = plan.t[i], plan.lam[i]
+    return (y - (plan.schedule.one_minus_alpha(t) + lam) / (plan.rho[i] * lam) * (y - x)) / math.sqrt(plan.schedule.alpha(t))
+
+
 def guided(model: Callable, text: list[Tensor], null_text: list[Tensor] | None = None) -> EpsFn:
     """The eps_fn of a conditional network, with both branches of guidance in one batch.
 
@@ -121,7 +132,7 @@ def guidance_scales(times: Sequence[float], scale: float, below: float = 1.0) ->
 
 def evaluate(eps_fn: EpsFn, y: Tensor, t: float, lam: float, guidance_scale: float) -> tuple[Tensor, Tensor | None]:
     """eps_fn at one (t, lam) for the whole batch; ValueError when its branches do not fit guidance_scale."""
-    eps_cond, eps_uncond = eps_fn(y, *(y.new_full(y.shape[:1], v) for v in (t, lam)), guidance_scale)
+    eps_cond, eps_uncond = eps_fn(y, *(y.new_full(y.shape[:1], v) for v in (t, lam)), guidance_scale)  # type: ignore[call-arg]
     if (eps_uncond is None) != (guidance_scale == 1):
         given = "no unconditional eps" if eps_uncond is None else "an unconditional eps"
         raise ValueError(f"eps_fn returned {given} for guidance_scale={guidance_scale}")

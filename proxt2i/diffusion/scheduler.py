@@ -52,7 +52,7 @@ class ProximalScheduler(SchedulerMixin, ConfigMixin):
     """
 
     order = 1
-    _compatibles = []
+    _compatibles: list[str] = []
 
     @register_to_config
     def __init__(self, plan: str = "relaxed", num_steps: int = 8, guidance_scale: float = 1.5, beta_min: float = 0.1, beta_max: float = 20.0,
@@ -77,9 +77,10 @@ class ProximalScheduler(SchedulerMixin, ConfigMixin):
         self.schedule = self._make_schedule()
         # an own network that was trained as a score network is asked as one
         self.prediction = "epsilon" if prediction_type == "prox" and objective == "score" else prediction_type
-        self.num_inference_steps = None
+        self.num_inference_steps: int | None = None
         self.timesteps = torch.arange(num_train_timesteps - 1, -1, -1)
-        self._begin_index = self._step_index = None
+        self._begin_index: int | None = None
+        self._step_index: int | None = None
 
     @classmethod
     def from_config(cls, config, return_unused_kwargs: bool = False, **kwargs):
@@ -110,7 +111,7 @@ class ProximalScheduler(SchedulerMixin, ConfigMixin):
             raise ValueError(f"num_inference_steps={num_inference_steps}: must be at least 1")
         self.plan, times = self._make_plan(num_inference_steps, timesteps, sigmas, mu)
         self.num_inference_steps = self.plan.num_steps
-        rows = [step_row(**row) for row in network_rows(self.plan, times, self.prediction, self.schedule)]
+        rows = [step_row(**row) for row in network_rows(self.plan, times, self.prediction, self.schedule)]  # type: ignore[arg-type]
         self._rows = torch.tensor(rows, dtype=torch.float64, device=device)
         self._noisy, self._memory = ([row[COEFFICIENTS.index(name)] != 0 for row in rows] for name in ("b", "memory"))
         reported = [self.schedule.timestep(t) for t in times]
@@ -155,7 +156,7 @@ class ProximalScheduler(SchedulerMixin, ConfigMixin):
         _, state, self._clean = prox_step(state, model_output, None, row, clean=self._clean if self._memory[i] else None, noise=noise,
                                           seeds=self._seeds, want_x=False, want_clean=later)
         self._step_index = i + 1
-        state = state.to(sample.dtype)
+        state = state.to(sample.dtype)  # type: ignore[union-attr]  # it was wanted
         return ProximalSchedulerOutput(prev_sample=state) if return_dict else (state,)
 
     def add_noise(self, original_samples: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
@@ -188,7 +189,7 @@ class ProximalScheduler(SchedulerMixin, ConfigMixin):
 
     def _index(self, timestep) -> int:
         if self._step_index is not None:
-            if self._step_index >= self.num_inference_steps:
+            if self._step_index >= len(self.timesteps):
                 raise ValueError(f"all {self.num_inference_steps} steps are done: call set_timesteps before another picture")
             return self._step_index
         if self._begin_index is not None:

@@ -34,7 +34,8 @@ def ship(run_dir: Path) -> None:
     rows = json.loads((evaluation / "results.json").read_text())["rows"]
     stats = [json.loads(line) for line in (run_dir / "stats.jsonl").read_text().splitlines()]
     version = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True).stdout.strip()
-    recipe = {"command": "python -m proxt2i.embedded.build --only uvit", "config": (run_dir / "config.yaml").read_text(), "images": stats[-1]["images"], "code": version, "torch": torch.__version__, "evaluation": rows}
+    recipe = {"command": "python -m proxt2i.embedded.build --only uvit", "config": (run_dir / "config.yaml").read_text(),
+              "images": stats[-1]["images"], "code": version, "torch": torch.__version__, "evaluation": rows}
     (SHIPPED_MODEL / "recipe.json").write_text(json.dumps(recipe, indent=2) + "\n")
 
 

@@ -167,7 +167,8 @@ def main() -> None:
     tokenizer.save_pretrained(args.out / "tokenizer")
     CLIPTextModel.from_pretrained(args.out / "clip").half().save_pretrained(args.out / "text_encoder")
     figures = json.loads(json.dumps(retrieval(load_clip(args.out / "clip"), tokenizer)), parse_float=lambda s: round(float(s), 4))
-    recipe = {k: v for k, v in vars(args).items() if k != "out"} | {"parameters": sum(p.numel() for p in clip.parameters()), "held_out": figures, "seconds": round(time.time() - start)}
+    recipe = {k: v for k, v in vars(args).items() if k != "out"}
+    recipe |= {"parameters": sum(p.numel() for p in clip.parameters()), "held_out": figures, "seconds": round(time.time() - start)}
     (args.out / "clip" / "recipe.json").write_text(json.dumps(recipe, indent=2) + "\n")
     print(json.dumps(recipe))
 

@@ -12,8 +12,10 @@ import inspect
 import json
 import shutil
 import tempfile
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import load_file
@@ -56,6 +58,7 @@ class Bundle:
     codec: LatentCodec | PixelSpace
     settings: Settings = field(default_factory=Settings)
     source: Path | None = None
+    network: Callable | None = None  # what the sampler calls in the U-ViT's place, such as CudaGraphs(uvit)
 
 
 def load_bundle(folder: Path | str, device="cpu", dtype: torch.dtype = torch.float32,
@@ -139,7 +142,7 @@ def load_weights(module: nn.Module, path: Path | str, assign: bool = False) -> N
 def load_settings(folder: Path) -> Settings:
     """FOLDER/scheduler/scheduler_config.json as Settings; unknown keys and wrong types are errors."""
     path = folder / SCHEDULER_FILE
-    known = {f.name: f.type for f in fields(Settings)}
+    known: dict[str, Any] = {f.name: f.type for f in fields(Settings)}
     values = {}
     for key, value in read_json(path).items():
         if key.startswith("_"):  # diffusers' own notes
@@ -149,10 +152,11 @@ def load_settings(folder: Path) -> Settings:
         if key not in known:
             close = difflib.get_close_matches(key, known, n=1)
             raise ValueError(f"{path}: unknown setting {key!r}" + (f"; did you mean {close[0]!r}?" if close else ""))
-        if known[key] is float and type(value) is int:
+        kind = known[key]
+        if kind is float and type(value) is int:
             value = float(value)
-        if type(value) is not known[key]:
-            raise ValueError(f"{path}: {key} must be a {known[key].__name__}, not {value!r}")
+        if type(value) is not kind:
+            raise ValueError(f"{path}: {key} must be a {kind.__name__}, not {value!r}")
         values[key] = value
     settings = Settings(**values)
     if settings.objective not in OBJECTIVES:

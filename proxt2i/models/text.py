@@ -48,7 +48,7 @@ class TextEncoder(nn.Module):
         return cls.from_sources(sources, device=device, dtype=dtype)
 
     @classmethod
-    def from_sources(cls, sources: list[tuple[Path | str, Path | str]], lengths: list[int] | None = None,
+    def from_sources(cls, sources: Sequence[tuple[Path | str, Path | str]], lengths: list[int] | None = None,
                      device="cpu", dtype: torch.dtype = torch.float32) -> "TextEncoder":
         """Load (tokenizer, encoder) pairs, each a local folder or a hub id. Only safetensors weights are read."""
         pairs = [(_load_tokenizer(tokenizer), _load_encoder(encoder, dtype)) for tokenizer, encoder in sources]
@@ -190,12 +190,12 @@ def _load_encoder(source: Path | str, dtype: torch.dtype) -> nn.Module:
     bar = logging_utils.is_progress_bar_enabled()
     logging_utils.disable_progress_bar()
     try:
-        encoder, info = ENCODERS[model_type].from_pretrained(source, dtype=dtype, use_safetensors=True,
+        encoder, info = ENCODERS[str(model_type)].from_pretrained(source, dtype=dtype, use_safetensors=True,
                                                              output_loading_info=True)
     finally:
         if bar:
             logging_utils.enable_progress_bar()
-    check_loaded(source, info)
+    check_loaded(Path(source), info)
     return encoder
 
 

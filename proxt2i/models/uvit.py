@@ -8,6 +8,7 @@ preconditioned output, and one LayerNorm + Linear per text encoder. Weights keep
 
 import difflib
 import math
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
@@ -68,7 +69,7 @@ class Attention(nn.Module):
     def forward(self, x: Tensor, num_queries: int | None = None) -> Tensor:
         """x [B, L, D] -> [B, L, D], or [B, num_queries, D]: only the last `num_queries` tokens ask."""
         qkv = self.qkv(x).unflatten(-1, (3, -1, self.head_dim))
-        norms = {} if self.q_norm is None else dict(q_weight=self.q_norm.weight, k_weight=self.k_norm.weight, norm_eps=self.q_norm.eps)
+        norms = {} if self.q_norm is None else dict(q_weight=self.q_norm.weight, k_weight=self.k_norm.weight, norm_eps=self.q_norm.eps)  # type: ignore[union-attr]
         return self.proj(attention(qkv, num_queries=num_queries, **norms).flatten(2))
 
 
@@ -105,7 +106,7 @@ class Block(nn.Module):
     def forward(self, x: Tensor, skip: Tensor | None = None, num_queries: int | None = None) -> Tensor:
         """x, skip [B, L, D] -> [B, L, D], or only its last `num_queries` tokens."""
         if skip is not None:
-            x = self.skip(x, skip)
+            x = self.skip(x, skip)  # type: ignore[misc]
         update = self.attn(self.norm1(x), num_queries)
         x = (x if num_queries is None else x[:, -num_queries:]) + update
         return x + self.mlp(self.norm2(x))
@@ -142,8 +143,8 @@ class UViT2DModel(ModelMixin, ConfigMixin):
 
     @register_to_config
     def __init__(self, sample_size: int, in_channels: int = 16, patch_size: int = 2, embed_dim: int = 1152,
-                 depth: int = 28, num_heads: int = 16, mlp_ratio: float = 4.0, text_dims: list[int] = (),
-                 text_lengths: list[int] = (), qk_norm: bool = False, final_conv: bool = False,
+                 depth: int = 28, num_heads: int = 16, mlp_ratio: float = 4.0, text_dims: Sequence[int] = (),
+                 text_lengths: Sequence[int] = (), qk_norm: bool = False, final_conv: bool = False,
                  gradient_checkpointing: bool = False, betas: list[float] | None = None):
         super().__init__()
         if sample_size % patch_size:
@@ -225,6 +226,8 @@ class UViT2DModel(ModelMixin, ConfigMixin):
             skips.append(x)
         # Only image tokens are read out, so the last block computes no others.
         x = self._call(self.mid_block, x, None, None if self.out_blocks else num_image_tokens)
+        if self.out_blocks and torch.is_autocast_enabled(x.device.type):
+            x = x.to(torch.get_autocast_dtype(x.device.type))  # as the first long skip does anyway: all out_blocks see one dtype, and share their compiled code
         for i, block in enumerate(self.out_blocks):
             last = i == len(self.out_blocks) - 1
             x = self._call(block, x, skips.pop(), num_image_tokens if last else None)

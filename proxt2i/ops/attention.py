@@ -5,8 +5,8 @@
 With weights, q and k are RMS-normalised over each head first (QK-norm): q -> q_weight q / sqrt(mean(q^2) + norm_eps).
 
 Three implementations: `ref` (plain torch, exact in the input's dtype), `sdpa` (torch's scaled_dot_product_attention with whatever backend it
-picks) and `native`: on GPUs csrc/cuda/attention_*.cu (bfloat16 and float16, heads of 64, 72 and 128; a head of 72 costs 72, where other kernels pad
-it to 96 or 128; *unverified*: compiled and emulated in CI, not yet run on a GPU), on CPUs csrc/cpu/attention.cpp (float32 and float64, heads of
+picks; on GPUs after csrc/cuda/qkv_norm.cu, if there are weights) and `native`: on GPUs csrc/cuda/attention_*.cu (bfloat16 and float16, heads of 64,
+72 and 128), on CPUs csrc/cpu/attention.cpp (float32 and float64, heads of
 a multiple of 16). On a GPU `attention_table.json`, written by benchmarks/attention.py from measurements, says which of the last two a shape gets;
 what it does not name is torch's. On a CPU short sequences are native.
 """
@@ -48,7 +48,7 @@ def attention(qkv: torch.Tensor, *, key_lengths: torch.Tensor | None = None, num
         raise ValueError(f"num_queries={num_queries} must lie in 0 ... {tokens}, the number of tokens")
     if key_lengths is not None and (key_lengths.dtype != torch.int64 or tuple(key_lengths.shape) != (batch,)):
         raise ValueError(f"key_lengths must be int64 [{batch}], not {key_lengths.dtype} {list(key_lengths.shape)}")
-    if (q_weight is None) != (k_weight is None) or (q_weight is not None and not q_weight.shape == k_weight.shape == qkv.shape[-1:]):
+    if (q_weight is None) != (k_weight is None) or (q_weight is not None and k_weight is not None and not q_weight.shape == k_weight.shape == qkv.shape[-1:]):
         raise ValueError(f"q_weight and k_weight must both be given with shape [{qkv.shape[-1]}], or neither")
     if impl not in IMPLS:
         raise ValueError(f"impl must be one of {IMPLS}, not {impl!r}")
@@ -73,7 +73,12 @@ def attention_ref(qkv, key_lengths, num_queries, q_weight=None, k_weight=None, n
 
 
 def _sdpa(qkv, key_lengths, num_queries, q_weight, k_weight, norm_eps):
-    q, k, v = _heads(qkv, num_queries, q_weight, k_weight, norm_eps)
+    if q_weight is not None and fuses_norm(qkv):
+        state = [weight.float().contiguous() for weight in (q_weight, k_weight)]
+        q, k, v = (part.transpose(1, 2) for part in torch.ops.proxt2i.qkv_norm(qkv.contiguous(), *state, norm_eps))
+        q = q[:, :, q.shape[2] - num_queries :]
+    else:
+        q, k, v = _heads(qkv, num_queries, q_weight, k_weight, norm_eps)
     mask = None if key_lengths is None else _attended(qkv, key_lengths)
     out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
     if key_lengths is not None:
@@ -104,6 +109,11 @@ def why_not_native(qkv: torch.Tensor) -> str | None:
     if qkv.dtype not in HALVES or qkv.shape[-1] not in HEAD_DIMS:
         return f"the native kernels take bfloat16 or float16 and heads of {HEAD_DIMS}, not {qkv.dtype} and {qkv.shape[-1]}"
     return None
+
+
+def fuses_norm(qkv: torch.Tensor) -> bool:
+    """Whether queries and keys are normalised by our kernel before torch's attention: on GPUs, where torch.compile does not see to it."""
+    return qkv.device.type == "cuda" and not torch.compiler.is_compiling() and why_not_native(qkv) is None
 
 
 def preferred(qkv: torch.Tensor) -> str:
@@ -148,6 +158,27 @@ if native_available():
     def _(grad_out_shape, qkv_shape, *args, **kwargs):  # without the scores that are computed again, as is the custom
         batch, queries, heads, dim = grad_out_shape
         return 8 * batch * heads * queries * qkv_shape[1] * dim
+
+    @torch.library.register_fake("proxt2i::qkv_norm")
+    def _(qkv, q_weight, k_weight, norm_eps):
+        batch, tokens, _, heads, dim = qkv.shape
+        return tuple(qkv.new_empty((batch, tokens, heads, dim)) for _ in range(3))
+
+    @torch.library.register_fake("proxt2i::qkv_norm_backward")
+    def _(grad_q, grad_k, grad_v, qkv, q_weight, k_weight, norm_eps):
+        heads = qkv.shape[0] * qkv.shape[1] * 3 * qkv.shape[3]
+        blocks = min(1024, -(-heads // (32 if qkv.shape[4] <= 64 else 16)))
+        return torch.empty_like(qkv), *(q_weight.new_empty((blocks, qkv.shape[4])) for _ in range(2))
+
+    def _norm_setup(ctx, inputs, output):
+        ctx.save_for_backward(*inputs[:3])
+        ctx.norm_eps = inputs[3]
+
+    def _norm_backward(ctx, grad_q, grad_k, grad_v):
+        grad_qkv, *of_weights = torch.ops.proxt2i.qkv_norm_backward(grad_q, grad_k, grad_v, *ctx.saved_tensors, ctx.norm_eps)
+        return grad_qkv, *(partial.sum(0) for partial in of_weights), None
+
+    torch.library.register_autograd("proxt2i::qkv_norm", _norm_backward, setup_context=_norm_setup)
 
     def _setup(ctx, inputs, output):
         qkv, key_lengths, q_weight, k_weight, _, *ctx.numbers = inputs

@@ -8,13 +8,12 @@
 `proxt2i.diffusion.matching` has the same in plain torch, step by step, and says why. The native operators give the two errors of each
 image, mse and mean |eps - target|, and their gradient; what the loss makes of these few numbers is ordinary torch. Sums are in an
 order that depends on an image's size alone (csrc/common/reduce.h), so that a result is the same bits in any batch, on any number of
-threads and with any instruction set. The CUDA kernels are *unverified*: compiled in CI, not yet run on a GPU.
+threads and with any instruction set.
 """
 
 import torch
 
-from proxt2i.ops.checks import check_batch, check_like, check_per_image, elements_per_image, network_output, rows, state_dtype, \
-    without_second_derivative
+from proxt2i.ops.checks import check_batch, check_like, check_per_image, elements_per_image, network_output, rows, state_dtype, without_second_derivative
 from proxt2i.ops.native import native_available, use_native
 from proxt2i.ops.philox import philox_normal_ref
 

