@@ -3,7 +3,6 @@
 import pytest
 import torch
 from grpo_runs import make, overrides
-from runs import rows
 
 from proxt2i.data.portraits import make_arrays
 from proxt2i.diffusion import make_plan, make_policy, rollout, score_plan
