@@ -34,6 +34,8 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--weights", choices=("ema", "raw"), default="ema", help="averaged over the training, or as they are (default: ema)")
     parser.add_argument("--dtype", choices=DTYPES, default="fp32", help="of the weights in the file (default: fp32)")
     parser.add_argument("--components", type=Path, help="folder of text encoder and VAE to copy (default: the run's own)")
+    parser.add_argument("--base", type=Path, help="of a run with policy.lora_rank: the model folder that it began from (default: where it lay then)")
+    parser.add_argument("--adapter", type=Path, metavar="FOLDER", help="of such a run: write the adapters alone there besides, as peft reads them")
     given = parser.parse_args(arguments)
     try:
         folder = find_checkpoint(given.checkpoint)
@@ -42,7 +44,7 @@ def main(arguments: list[str] | None = None) -> int:
         if given.out is None and folder == given.checkpoint:
             raise ValueError("a checkpoint folder was given: say with --out where the model goes")
         out = given.out or given.checkpoint / "model"
-        export(folder, out, AVERAGE if given.weights == "ema" else WEIGHT, DTYPES[given.dtype], given.components)
+        export(folder, out, AVERAGE if given.weights == "ema" else WEIGHT, DTYPES[given.dtype], given.components, given.base, given.adapter)
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

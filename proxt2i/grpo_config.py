@@ -52,6 +52,9 @@ class PolicyConfig:
     inner_epochs: int = 1  # passes over a rollout's images
     steps: Optional[List[int]] = None  # transitions to train, counted in sampling order from 0 to rollout.steps - 2; null: all
     window: int = 0  # train only this many neighbouring ones of them in each rollout, in turn; 0: all
+    lora_rank: int = 0  # train adapters of this rank beside the blocks' linear layers (LoRA) and nothing else; 0: all weights
+    lora_alpha: Optional[float] = None  # the adapters' product counts lora_alpha / lora_rank times; null: once
+    reward_gradient: float = 0.0  # weight of the rewards' own gradient through the last call, which has no density (docs/grpo.md); 0: none
     data_weight: float = 0.0  # weight of proximal matching on the data section's images, which holds the last call too; 0: no data needed
 
 
@@ -97,6 +100,7 @@ class TrainConfig:
     keep_checkpoints: int = 2  # newest checkpoints to keep
     tensorboard: bool = True  # write TensorBoard events beside stats.jsonl
     wandb: Optional[str] = None  # Weights & Biases project to report to besides; null: none
+    peak_tflops: Optional[float] = None  # dense bf16 peak of one rank's device (TFLOP/s), for MFU; null: by the GPU's name, if known
 
 
 @dataclass
@@ -144,15 +148,18 @@ def validate(config: GrpoConfig, world_size: int = 1) -> None:
         positive=("prompts.num", "rollout.groups_per_update", "rollout.updates", "rollout.batch", "policy.clip", "policy.advantage_clip",
                   "policy.inner_epochs", "optim.lr", "optim.muon_lr", "optim.eps", "optim.ema_half_life", "train.images", "train.max_bad_steps",
                   "train.log_every", "train.checkpoint_every", "train.keep_checkpoints", "sample.per_prompt", "guard.prompts", "guard.kl_factor"),
-        not_negative=("rollout.guidance", "policy.kl", "policy.window", "policy.data_weight", "optim.weight_decay", "optim.spike", "optim.warmup_images",
-                      "optim.grad_clip", "optim.ema_ramp", "train.threads", "sample.every", "guard.every"),
+        not_negative=("rollout.guidance", "policy.kl", "policy.window", "policy.lora_rank", "policy.reward_gradient", "policy.data_weight",
+                      "optim.weight_decay", "optim.spike", "optim.warmup_images", "optim.grad_clip", "optim.ema_ramp", "train.threads", "sample.every", "guard.every"),
         fractions=("rollout.guidance_below", "optim.final_lr", "guard.min_diversity"))
     check_choices(config, {"guard.alarm": ALARMS, "rollout.store": STORES, "optim.name": OPTIMIZERS, "train.precision": PRECISIONS, "optim.schedule": LR_SCHEDULES})
     check_optim(config.optim, config.train.images)
+    if config.train.peak_tflops is not None and not config.train.peak_tflops > 0:
+        raise ValueError(f"train.peak_tflops must be positive, or null, got {config.train.peak_tflops}")
     if config.rollout.group_size < 2:
         raise ValueError(f"rollout.group_size must be at least 2, got {config.rollout.group_size}: an image is judged against others of its prompt")
     if config.rollout.steps < 2:
         raise ValueError(f"rollout.steps must be at least 2, got {config.rollout.steps}: the last step has no density, nothing would be left to train")
+    _validate_lora(config)
     if config.guard.per_prompt < 2:
         raise ValueError(f"guard.per_prompt must be at least 2, got {config.guard.per_prompt}: diversity is that of a prompt's images")
     if config.guard.alarm == "raise_kl" and not config.policy.kl:
@@ -165,11 +172,23 @@ def validate(config: GrpoConfig, world_size: int = 1) -> None:
     _validate_paths(config)
     if not config.sample.prompts or not all(prompt.strip() for prompt in config.sample.prompts):
         raise ValueError("sample.prompts must hold at least one prompt and no empty one")
-    from proxt2i.rewards import settings_of
+    from proxt2i.rewards import DIFFERENTIABLE, settings_of
 
-    settings_of(config.rewards.train, "rewards.train")
+    for i, reward in enumerate(settings_of(config.rewards.train, "rewards.train")):
+        if config.policy.reward_gradient and reward.weight and reward.name not in DIFFERENTIABLE:
+            raise ValueError(f"rewards.train[{i}] ({reward.name}) has no gradient, which policy.reward_gradient needs: these have one: "
+                             f"{', '.join(DIFFERENTIABLE)}; give it weight 0 or policy.reward_gradient=0")
     if config.rewards.panel:
         settings_of(config.rewards.panel, "rewards.panel")
+
+
+def _validate_lora(config: GrpoConfig) -> None:
+    rank, alpha = config.policy.lora_rank, config.policy.lora_alpha
+    if rank and config.optim.name != "adamw":
+        raise ValueError(f"policy.lora_rank={rank} needs optim.name=adamw, got {config.optim.name}: adapters are thin factors, which Muon is not made for; "
+                         "set optim.lr too")
+    if alpha is not None and not (rank and alpha > 0):
+        raise ValueError(f"policy.lora_alpha ({alpha}) must be positive, and belongs to a policy.lora_rank above 0")
 
 
 def _validate_batch(config: GrpoConfig, world_size: int) -> None:

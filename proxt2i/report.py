@@ -37,6 +37,8 @@ MAX_PNG = 200_000  # bytes; larger grids go into the page as JPEG
 FIGURES = (  # key in stats.jsonl, name, format
     ("loss", "loss", ".4f"), ("grad_norm", "gradient norm", ".3f"), ("lr", "learning rate", ".2e"),
     ("images_per_s", "images/s", ",.0f"), ("tokens_per_s", "tokens/s", ",.0f"), ("tflops_per_s", "TFLOP/s", ",.3g"), ("mfu", "MFU", ".1%"),
+    ("rollout_share", "drawing, decoding and waiting for scores", ".1%"), ("reward_wait", "of it waiting for scores", ".1%"),
+    ("reward_share", "scoring, beside the drawing", ".1%"), ("train_share", "updates", ".1%"),
     ("data_wait", "waiting for data", ".1%"), ("memory_gib", "memory of the fullest rank, GiB", ".2f"),
     ("bad_steps", "steps skipped", ",.0f"), ("bad_samples", "samples skipped", ",.0f"),
 )  # fmt: skip
@@ -112,7 +114,8 @@ def _facts(run_dir: Path, config: dict) -> list[tuple[str, str]]:
         facts = [("objective", config.get("diffusion", {}).get("objective", "?")), ("network", config.get("model", {}).get("preset", "?"))]
     size = _num_parameters(run_dir)
     if size:
-        facts.append(("parameters", f"{size / 1e6:,.2f} M"))
+        adapters = config.get("policy", {}).get("lora_rank")
+        facts.append((f"parameters of the adapters (rank {adapters})" if adapters else "parameters", f"{size / 1e6:,.2f} M"))
     deepspeed = _json(run_dir / "deepspeed.json")
     if deepspeed:
         batch, micro = deepspeed["train_batch_size"], deepspeed["train_micro_batch_size_per_gpu"]

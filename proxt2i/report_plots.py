@@ -23,6 +23,7 @@ SMALL = (  # key in stats.jsonl, title
     ("bad_steps", "steps skipped so far"), ("bad_samples", "samples skipped so far"),
 )  # fmt: skip
 GRPO = ("reward/", "eval/", "diversity/", "kl", "clip_fraction", "spread")  # beginnings of the keys of a GRPO run
+SHARES = (("rollout_share", "rollout"), ("reward_share", "rewards, beside it"), ("reward_wait", "waiting for them"), ("train_share", "updates"))
 QUIET = ("bad_steps", "bad_samples")  # no curve where there were none
 STYLE = {
     "svg.fonttype": "none", "font.size": 10, "text.color": INK, "axes.edgecolor": INK, "axes.labelcolor": INK, "xtick.color": INK,
@@ -46,6 +47,8 @@ def plots(rows: Sequence[dict[str, float]]) -> list[dict]:
             found.append({"title": "loss at every step of every step count, mean of the last rows", "svg": _steps(by_step), "wide": True})
         shown = [(key, title) for key, title in SMALL if key in curves and (key not in QUIET or last[key] > 0)]
         found += [{"title": title, "svg": _small(curves, key), "wide": False} for key, title in shown]
+        if "rollout_share" in curves:
+            found.append({"title": "shares of the time", "svg": _shares(curves), "wide": False})
     return found
 
 
@@ -98,6 +101,18 @@ def _small(curves: dict[str, np.ndarray], key: str, from_zero: bool = True) -> M
         axes.yaxis.set_major_formatter(PercentFormatter(1.0))
     if from_zero and key != "grad_norm":
         axes.set_ylim(0, 1.05 * np.nanmax(curves[key]) or 1.0)
+    return _svg(figure)
+
+
+def _shares(curves: dict[str, np.ndarray]) -> Markup:
+    """Of a GRPO run. Rewards are scored while pictures are drawn, so that the shares may add up to more than 1."""
+    figure, axes = _axes(4.6, 2.2)
+    for (key, name), color in zip(SHARES, COLORS):
+        if key in curves:
+            axes.plot(curves["images"], curves[key], lw=1.2, color=color, label=name)
+    axes.yaxis.set_major_formatter(PercentFormatter(1.0))
+    axes.set_ylim(0, None)
+    axes.legend(frameon=False, fontsize=8, ncols=2)
     return _svg(figure)
 
 

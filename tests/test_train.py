@@ -274,7 +274,7 @@ def test_non_finite_steps_are_skipped_counted_and_finally_fatal(settings, ranks,
     trainer.step = watched
     with pytest.raises(ValueError, match="3 steps in a row had to be skipped, the last for a non-finite gradient"):
         trainer.run()
-    assert trainer.guard.skipped == 4
+    assert trainer.spikes.skipped == 4
     assert all(p.isfinite().all() for p in trainer.uvit.parameters())
     rows = [json.loads(line) for line in (trainer.run_dir / "stats.jsonl").read_text().splitlines()]
     assert rows[1]["bad_steps"] == 1 and 0 < rows[1]["loss"] < 2  # the finite half of the interval

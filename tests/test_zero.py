@@ -149,10 +149,10 @@ def test_spikes_are_skipped_counted_and_remembered(settings, ranks, tmp_path, le
 
     trainer.step = watched
     trainer.run()
-    assert trainer.guard.skipped == 1 and trainer.guard.in_a_row == 0
+    assert trainer.spikes.skipped == 1 and trainer.spikes.in_a_row == 0
     assert "times the mean of the last 100 steps at 1,744 images: step skipped (1 so far)" in capsys.readouterr().out
     again = Trainer(config, deepspeed_json("zero2"), str(tmp_path / "run"), ranks)
-    assert again.guard == trainer.guard
+    assert again.spikes == trainer.spikes
 
 
 def test_a_full_disk_ends_the_run_and_keeps_the_last_good_checkpoint(settings, ranks, tmp_path, length):

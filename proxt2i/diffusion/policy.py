@@ -100,10 +100,11 @@ class Rollout:
 
 @torch.no_grad()
 def rollout(eps_fn: EpsFn, policy: Policy, shape: Sequence[int], seeds: Tensor | Sequence[int], *, steps: Iterable[int] | None = None,
-            keep_eps: bool = False, store: torch.device | str | None = None, impl: str | None = None, device=None) -> Rollout:
+            keep_eps: bool = False, keep_last: bool = False, store: torch.device | str | None = None, impl: str | None = None, device=None) -> Rollout:
     """Sample one image a seed, bit for bit as `proximal.sample` (or `sample_score`) does, and keep the chain's states.
 
-    steps: transitions to keep (default: all).  keep_eps: also keep the network's outputs, in float32.  store: device of what is kept
+    steps: transitions to keep (default: all).  keep_eps: also keep the network's outputs, in float32.  keep_last: keep the
+    state that the last evaluation sees besides, as states[N - 1], for `last_call`.  store: device of what is kept
     (default: where it was made).  Other arguments as in `proximal.sample`. ValueError for a transition that does not exist.
     """
     kept, seeds = check_steps(policy, steps), as_seeds(seeds, device)
@@ -116,7 +117,7 @@ def rollout(eps_fn: EpsFn, policy: Policy, shape: Sequence[int], seeds: Tensor |
         return outputs
 
     for i, state, result in policy.states(recording, shape, seeds, impl):
-        if i in kept:
+        if i in kept or (keep_last and i == policy.num_transitions):
             states[i] = state.to(store or state.device)
     return Rollout(seeds, states, eps, result)
 
@@ -148,6 +149,15 @@ def compare(eps_fn: EpsFn, policy: Policy, i: int, state: Tensor, seeds: Tensor,
         eps_cond, eps_uncond, eps if eps_old is None else eps_old, eps_ref, guidance_scale=guidance, impl=impl, seeds=seeds,
         steps=torch.full_like(seeds, policy.first_draw + i), scale=torch.full((len(state),), policy.scale[i], dtype=torch.float64, device=state.device))
     return log_ratio, kl, eps
+
+
+def last_call(eps_fn: EpsFn, policy: Policy, state: Tensor, impl: str | None = None) -> Tensor:
+    """x_0 = f(y_1), [B, ...], of the state that the last evaluation sees; differentiable through eps_fn. It has no density, but a gradient."""
+    plan, (t, lam, guidance) = policy.plan, policy.query(policy.num_transitions)
+    eps = guided_eps(*evaluate(eps_fn, state, t, lam, guidance), guidance, impl)
+    if isinstance(plan, Plan):
+        return state - plan.rho[-1] * math.sqrt(lam) * eps
+    return plan.a[-1] * state - plan.c[-1] * eps
 
 
 @torch.no_grad()

@@ -29,6 +29,7 @@ from .uvit import UViT2DModel
 from .vae import LatentCodec, PixelSpace, load_codec
 
 EMBEDDED = Path(__file__).resolve().parents[1] / "embedded" / "assets"
+WEIGHTS_FILE = "diffusion_pytorch_model.safetensors"
 SCHEDULER_FILE = Path("scheduler") / "scheduler_config.json"
 
 
@@ -119,7 +120,7 @@ def load_uvit(folder: Path | str, device="cpu", dtype: torch.dtype = torch.float
     if config.get("_class_name") != "UViT2DModel":
         raise ValueError(f"{folder / 'config.json'} says _class_name {config.get('_class_name')!r}; "
                          "UViT2DModel is needed")
-    path = folder / "diffusion_pytorch_model.safetensors"
+    path = folder / WEIGHTS_FILE
     try:
         with torch.device("meta"):  # no time spent on an initialisation that the file replaces
             uvit = UViT2DModel.from_config(config)

@@ -58,6 +58,15 @@ def check_safetensors(path: Path) -> None:
                          "it is damaged or incomplete, copy or download it again") from None
 
 
+def file_digest(path: Path) -> str:
+    """SHA-256 of a file, in hexadecimal digits."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while block := file.read(1 << 22):
+            digest.update(block)
+    return digest.hexdigest()
+
+
 def check_loaded(folder: Path, info: dict) -> None:
     """ValueError when from_pretrained's loading info has parameters missing or of another shape."""
     problems = [f"{kind.split('_')[0]} {min(map(str, info[kind]))}" + (" and more" if len(info[kind]) > 1 else "")

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from .base import DTYPES, RewardSettings
 from .clip import embed_images, load_clip
-from .preprocess import clip_pixels
+from .preprocess import clip_pixels, float_clip_pixels
 from .weights import Source, find_weights, first_of, is_hub_id, load_strictly, read_tensors
 
 HEADS = ("sac+logos+ava1-l14-linearMSE.safetensors", "sac+logos+ava1-l14-linearMSE.pth")
@@ -30,8 +30,13 @@ class Aesthetic:
 
     @torch.inference_mode()
     def __call__(self, images: Tensor, prompts: list[str], metadata: list[dict | None] | None = None) -> Tensor:
-        embedding = embed_images(self.clip, clip_pixels(images, self.clip.config.vision_config.image_size))
-        return self.head(embedding).squeeze(1).cpu()
+        return self._score(clip_pixels(images, self.clip.config.vision_config.image_size)).cpu()
+
+    def differentiable(self, images: Tensor, prompts: list[str], metadata: list[dict | None] | None = None) -> Tensor:
+        return self._score(float_clip_pixels(images, self.clip.config.vision_config.image_size))
+
+    def _score(self, pixels: Tensor) -> Tensor:
+        return self.head(embed_images(self.clip, pixels)).squeeze(1)
 
 
 def linear_head(width: int) -> nn.Sequential:

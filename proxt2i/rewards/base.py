@@ -28,6 +28,7 @@ REWARDS = {
     "portraits": "portraits",
     "http": "http",
 }
+DIFFERENTIABLE = ("pickscore", "hpsv2", "imagereward", "aesthetic", "clipscore", "portraits")  # those with a method `differentiable`
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 STD_FLOOR = 1e-4  # of `combine`, in a reward's own units
 
@@ -63,6 +64,9 @@ class Reward(Protocol):
 
     def __call__(self, images: Tensor, prompts: list[str], metadata: list[dict | None] | None = None) -> Tensor:
         """images: float32 [B, 3, H, W] in [0, 1], on any device -> float32 [B] on the CPU; greater is better."""
+
+    # Optional, of those named in DIFFERENTIABLE:
+    # def differentiable(self, images, prompts, metadata=None) -> Tensor: the same on the reward's device with gradients in `images`: nothing is rounded
 
 
 class RewardError(RuntimeError):
@@ -192,6 +196,17 @@ def score(rewards: Sequence[Reward], images: Tensor, prompts: Sequence[str], met
     images = images.detach().float()
     return {reward.name: torch.cat([_score_batch(reward, images, prompts, metadata, range(i, min(i + reward.batch_size, len(prompts))))
                                     for i in range(0, len(prompts), reward.batch_size)]) for reward in rewards}
+
+
+def score_differentiably(reward: Reward, images: Tensor, prompts: list[str], metadata: list[dict | None]) -> Tensor:
+    """[B] on the images' device, with gradients in images, float [B, 3, H, W] in [0, 1]. RewardError, naming the reward, when it has no such path or fails."""
+    if not hasattr(reward, "differentiable"):
+        raise RewardError(f"reward {reward.name} is not differentiable")
+    try:
+        result = reward.differentiable(images, prompts, metadata)
+    except Exception as error:
+        raise RewardError(f"reward {reward.name}, gradient for images of which the first is {prompts[0]!r}: {type(error).__name__}: {error}") from error
+    return result.to(images.device)
 
 
 def combine(scores: dict[str, Tensor], settings: Sequence[RewardSettings], group: Tensor) -> Tensor:

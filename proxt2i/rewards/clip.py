@@ -88,14 +88,13 @@ def load_clip_tokenizer(folder: Path):
         raise ValueError(f"cannot load the tokenizer in {folder}: {error}") from error
 
 
-@torch.inference_mode()
 def embed_images(clip, pixels: Tensor) -> Tensor:
-    """float32 [B, 3, size, size], preprocessed -> float32 [B, projection] of length 1, on the model's device."""
+    """float32 [B, 3, size, size], preprocessed -> float32 [B, projection] of length 1, on the model's device. Differentiable in the pixels."""
     pooled = clip.vision_model(pixel_values=pixels.to(clip.device, clip.dtype)).pooler_output
     return F.normalize(clip.visual_projection(pooled).float(), dim=-1)
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def embed_prompts(clip, tokenizer, prompts: list[str]) -> Tensor:
     """float32 [B, projection] of length 1. Prompts are cut at the model's length (77 tokens); equal ones are encoded once."""
     unique = {prompt: row for row, prompt in enumerate(dict.fromkeys(prompts))}

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from .base import DTYPES, RewardSettings
 from .clip import clean, embed_images, embed_prompts, load_clip, load_clip_tokenizer
-from .preprocess import clip_pixels
+from .preprocess import clip_pixels, float_clip_pixels
 from .weights import Source, find_tokenizer, find_weights
 
 SOURCE = Source(
@@ -23,7 +23,13 @@ class ClipScore:
     @torch.inference_mode()
     def __call__(self, images: Tensor, prompts: list[str], metadata: list[dict | None] | None = None) -> Tensor:
         pixels = clip_pixels(images, self.clip.config.vision_config.image_size)
-        return (embed_images(self.clip, pixels) * embed_prompts(self.clip, self.tokenizer, [clean(p) for p in prompts])).sum(1).cpu()
+        return self._score(pixels, prompts).cpu()
+
+    def differentiable(self, images: Tensor, prompts: list[str], metadata: list[dict | None] | None = None) -> Tensor:
+        return self._score(float_clip_pixels(images, self.clip.config.vision_config.image_size), prompts)
+
+    def _score(self, pixels: Tensor, prompts: list[str]) -> Tensor:
+        return (embed_images(self.clip, pixels) * embed_prompts(self.clip, self.tokenizer, [clean(p) for p in prompts])).sum(1)
 
 
 def load(settings: RewardSettings, device: torch.device) -> ClipScore:

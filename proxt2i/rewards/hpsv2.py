@@ -25,8 +25,11 @@ class HPSv2:
 
     @torch.inference_mode()
     def __call__(self, images: Tensor, prompts: list[str], metadata: list[dict | None] | None = None) -> Tensor:
-        pixels = normalise(fit_square(quantise(images).float() / 255, self.clip.config.vision_config.image_size))
-        return (embed_images(self.clip, pixels) * embed_prompts(self.clip, self.tokenizer, [clean(p) for p in prompts])).sum(1).cpu()
+        return self.differentiable(quantise(images).float() / 255, prompts).cpu()
+
+    def differentiable(self, images: Tensor, prompts: list[str], metadata: list[dict | None] | None = None) -> Tensor:
+        pixels = normalise(fit_square(images, self.clip.config.vision_config.image_size))
+        return (embed_images(self.clip, pixels) * embed_prompts(self.clip, self.tokenizer, [clean(p) for p in prompts])).sum(1)
 
 
 def read_clip(path: Path, device: torch.device, dtype: torch.dtype, text_heads: int = 16, vision_heads: int = 16):

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from .aesthetic import linear_head
 from .base import DTYPES, RewardSettings
-from .preprocess import clip_pixels
+from .preprocess import clip_pixels, float_clip_pixels
 from .weights import Source, find_tokenizer, find_weights, first_of, load_strictly, read_tensors
 
 FILES = ("ImageReward.safetensors", "ImageReward.pt")
@@ -39,12 +39,17 @@ class ImageReward(nn.Module):
 
     @torch.inference_mode()
     def forward(self, images: Tensor, prompts: list[str], metadata: list[dict | None] | None = None) -> Tensor:
+        return self._score(clip_pixels(images, self.vision.config.image_size), prompts).cpu()
+
+    def differentiable(self, images: Tensor, prompts: list[str], metadata: list[dict | None] | None = None) -> Tensor:
+        return self._score(float_clip_pixels(images, self.vision.config.image_size), prompts)
+
+    def _score(self, pixels: Tensor, prompts: list[str]) -> Tensor:
         weight = self.vision.embeddings.patch_embedding.weight
-        pixels = clip_pixels(images, self.vision.config.image_size).to(weight.device, weight.dtype)
-        patches = self.vision(pixel_values=pixels).last_hidden_state
+        patches = self.vision(pixel_values=pixels.to(weight.device, weight.dtype)).last_hidden_state
         tokens = self.tokenizer(prompts, padding="max_length", truncation=True, max_length=LENGTH, return_tensors="pt").to(weight.device)
         hidden = self.text(input_ids=tokens["input_ids"], attention_mask=tokens["attention_mask"], encoder_hidden_states=patches).last_hidden_state
-        return ((self.mlp(hidden[:, 0].float()).squeeze(1) - MEAN) / STD).cpu()
+        return (self.mlp(hidden[:, 0].float()).squeeze(1) - MEAN) / STD
 
 
 def our_names(tensors: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -11,7 +11,7 @@ from torch import Tensor
 from ..embedded import ASSETS
 from .base import DTYPES, RewardSettings
 from .clip import embed_images, embed_prompts, load_clip, load_clip_tokenizer
-from .preprocess import CLIP_MEAN, CLIP_STD, clip_pixels
+from .preprocess import CLIP_MEAN, CLIP_STD, clip_pixels, float_clip_pixels
 from .weights import Source, find_tokenizer, find_weights
 
 SOURCE = Source(
@@ -29,8 +29,14 @@ class PickScore:
     @torch.inference_mode()
     def __call__(self, images: Tensor, prompts: list[str], metadata: list[dict | None] | None = None) -> Tensor:
         pixels = clip_pixels(images, self.clip.config.vision_config.image_size, self.mean, self.std, floor=True)
+        return self._score(pixels, prompts).cpu()
+
+    def differentiable(self, images: Tensor, prompts: list[str], metadata: list[dict | None] | None = None) -> Tensor:
+        return self._score(float_clip_pixels(images, self.clip.config.vision_config.image_size, self.mean, self.std, floor=True), prompts)
+
+    def _score(self, pixels: Tensor, prompts: list[str]) -> Tensor:
         cosine = (embed_images(self.clip, pixels) * embed_prompts(self.clip, self.tokenizer, prompts)).sum(1)
-        return (self.clip.logit_scale.float().exp() * cosine).cpu()
+        return self.clip.logit_scale.float().exp() * cosine
 
 
 def load(settings: RewardSettings, device: torch.device) -> PickScore:

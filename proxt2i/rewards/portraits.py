@@ -9,8 +9,9 @@ from torch import Tensor
 
 from ..data.portraits import ATTRIBUTES, WORDS
 from ..embedded.judge import Judge, right_attributes
+from ..embedded.train_judge import split_logits, stated, targets
 from .base import RewardSettings
-from .preprocess import pillow_resize, quantise
+from .preprocess import float_resize, pillow_resize, quantise
 from .weights import quiet_loading
 
 SIZE = 64  # pixels that the judge was trained at
@@ -22,15 +23,27 @@ class PortraitAttributes:
     def __init__(self, device: torch.device):
         with quiet_loading():
             self.judge = Judge(device=device)
+        self.judge.model.requires_grad_(False)
 
     def __call__(self, images: Tensor, prompts: list[str], metadata: list[dict | None] | None = None) -> Tensor:
-        truth = [m if m and "attributes" in m else read_caption(p) for p, m in zip(prompts, metadata or [None] * len(prompts), strict=True)]
-        right, stated = right_attributes(self.judge(pillow_resize(quantise(images), SIZE))[0], [_complete(t) for t in truth])
-        return (right & stated).sum(1) / stated.sum(1)
+        right, said = right_attributes(self.judge(pillow_resize(quantise(images), SIZE))[0], _truth(prompts, metadata))
+        return (right & said).sum(1) / said.sum(1)
+
+    def differentiable(self, images: Tensor, prompts: list[str], metadata: list[dict | None] | None = None) -> Tensor:
+        """The share that the judge expects to be right: the mean of its probabilities of what is stated."""
+        truth = _truth(prompts, metadata)
+        logits = self.judge.model(float_resize(images, SIZE).to(self.judge.device) * 2 - 1).logits
+        wanted, said = targets(truth).to(logits.device), stated(truth).to(logits.device)
+        right = torch.stack([z.softmax(1).gather(1, wanted[:, [a]]).squeeze(1) for a, z in enumerate(split_logits(logits))], 1)
+        return (right * said).sum(1) / said.sum(1)
 
 
 def load(settings: RewardSettings, device: torch.device) -> PortraitAttributes:
     return PortraitAttributes(device)
+
+
+def _truth(prompts: list[str], metadata: list[dict | None] | None) -> list[dict]:
+    return [_complete(m if m and "attributes" in m else read_caption(p)) for p, m in zip(prompts, metadata or [None] * len(prompts), strict=True)]
 
 
 def read_caption(caption: str) -> dict:

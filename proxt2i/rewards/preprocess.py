@@ -58,6 +58,20 @@ def normalise(images: Tensor, mean: tuple[float, ...] = CLIP_MEAN, std: tuple[fl
     return (x - x.new_tensor(mean).view(3, 1, 1)) / x.new_tensor(std).view(3, 1, 1)
 
 
+def float_clip_pixels(images: Tensor, size: int, mean: tuple[float, ...] = CLIP_MEAN, std: tuple[float, ...] = CLIP_STD, floor: bool = False) -> Tensor:
+    """`clip_pixels` with gradients: nothing is rounded, and torch's antialiased bicubic stands for Pillow's. On the device of the images."""
+    return normalise(center_crop(float_resize(images, size), size, floor), mean, std)
+
+
+def float_resize(images: Tensor, size: int) -> Tensor:
+    """`pillow_resize` with gradients: float [B, 3, H, W] in [0, 1] -> the same with the shorter side `size`."""
+    short = min(images.shape[2:])
+    height, width = (int(size * n / short) for n in images.shape[2:])
+    if (height, width) == tuple(images.shape[2:]):
+        return images
+    return F.interpolate(images, size=(height, width), mode="bicubic", align_corners=False, antialias=True).clamp(0, 1)
+
+
 def clip_pixels(images: Tensor, size: int, mean: tuple[float, ...] = CLIP_MEAN, std: tuple[float, ...] = CLIP_STD, floor: bool = False) -> Tensor:
     """float [B, 3, H, W] in [0, 1] -> float32 [B, 3, size, size]: what OpenAI's CLIP is fed (with `floor`: transformers' CLIP)."""
     return normalise(center_crop(pillow_resize(quantise(images), size), size, floor), mean, std)

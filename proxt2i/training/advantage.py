@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from proxt2i.rewards import RewardSettings, combine
+from proxt2i.rewards.base import STD_FLOOR
 
 
 def advantages(scores: dict[str, Tensor], settings: Sequence[RewardSettings], group_size: int, clip: float) -> tuple[Tensor, int]:
@@ -22,6 +23,15 @@ def advantages(scores: dict[str, Tensor], settings: Sequence[RewardSettings], gr
     flat = (by_group.amax(2) == by_group.amin(2)).all(0)  # [groups]
     total = combine(scores, settings, group).clamp(-clip, clip)
     return torch.where(flat[group], 0.0, total), int(flat.sum())
+
+
+def reward_scales(scores: dict[str, Tensor], settings: Sequence[RewardSettings], group_size: int) -> dict[str, float]:
+    """What a unit of each reward is worth in an advantage, for its gradient: weight over the root mean square of its standard deviations within groups.
+
+    One number for all groups: a group whose images hardly differ would else count without bound. Of a reward that tells no images apart it is 0.
+    """
+    within = {s.key: scores[s.key].double().cpu().reshape(-1, group_size).var(1, correction=0).mean().sqrt().item() for s in settings if s.weight}
+    return {s.key: s.weight / max(within[s.key], STD_FLOOR) if within[s.key] else 0.0 for s in settings if s.weight}
 
 
 def surrogate(log_ratio: Tensor, advantage: Tensor, clip: float, elements: int) -> tuple[Tensor, Tensor]:

@@ -114,9 +114,11 @@ def _matrices(partition: Partition, number: int) -> list[Matrix]:
 
 
 def _parameter_groups(model: nn.Module, optim: OptimConfig) -> list[dict]:
-    """Matrices inside the blocks for Muon (none with optim.name adamw), other matrices, and all that is not decayed."""
+    """Of the trained parameters: matrices inside the blocks for Muon (none with optim.name adamw), other matrices, and all that is not decayed."""
     muon, decayed, plain = [], [], []
     for name, parameter in model.named_parameters():
+        if not parameter.requires_grad:
+            continue
         is_matrix = parameter.ndim >= 2 and not name.endswith("position")
         in_block = is_matrix and parameter.ndim == 2 and "block" in name and optim.name == "muon"
         (muon if in_block else decayed if is_matrix else plain).append(parameter)

@@ -7,39 +7,39 @@ A run is a sequence of rollouts. Each draws `rollout.updates` x `groups_per_upda
 
 from __future__ import annotations
 
-import hashlib
-import json
+from collections.abc import Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
 
 from proxt2i import config as pretraining
-from proxt2i.config_files import to_yaml
 from proxt2i.data.prompts import Prompts, load_prompts
 from proxt2i.diffusion import VPSchedule, guidance_scales, guided_output, make_plan, make_policy, score_plan
-from proxt2i.diffusion.policy import Policy, compare
+from proxt2i.diffusion.policy import Policy, compare, last_call
 from proxt2i.diffusion.score import SCORE_SAMPLERS
 from proxt2i.embedded import SHIPPED_MODEL
 from proxt2i.grpo_config import GrpoConfig, images_per_update, micro_batch_of
-from proxt2i.models.bundle import Bundle, Settings, check_fit, find_components, load_components, load_settings, load_uvit
+from proxt2i.models.bundle import WEIGHTS_FILE, Settings, check_fit, find_components, load_components, load_settings, load_uvit
+from proxt2i.models.files import file_digest
+from proxt2i.models.flops import forward_flops
 from proxt2i.models.text import cut_captions, text_sizes
+from proxt2i.models.uvit import UViT2DModel
+from proxt2i.rewards import score_differentiably
 from proxt2i.training import distributed, engine as engines
 from proxt2i.training.advantage import surrogate
-from proxt2i.training.checkpoint import CheckpointStore, replace_text
+from proxt2i.training.checkpoint import Checkpoint
 from proxt2i.training.distributed import Ranks, StopFlag
-from proxt2i.training.ema import EMA
-from proxt2i.training.export import export, network_of
+from proxt2i.training.export import export
 from proxt2i.training.feed import Feed
 from proxt2i.training.grpo_eval import Evaluator
-from proxt2i.training.grpo_meter import GrpoMeter
+from proxt2i.training.grpo_meter import GrpoMeter, passes_per_image
 from proxt2i.training.guard import Guard
+from proxt2i.training.lora import Lora, add_adapters, adapters_off, merge
 from proxt2i.training.objective import Objective
-from proxt2i.training.preview import draw_grid
 from proxt2i.training.rollouts import Experience, Roller
-from proxt2i.training.spikes import SpikeGuard
-from proxt2i.training.state import SavedState, write_rank
-from proxt2i.training.tracking import Tracker
+from proxt2i.training.run import Run
+from proxt2i.training.state import SavedState
 
 
 def train(config: GrpoConfig, deepspeed_json: dict, resume: str | None = None) -> int:
@@ -50,88 +50,75 @@ def train(config: GrpoConfig, deepspeed_json: dict, resume: str | None = None) -
     return received
 
 
-class GrpoTrainer:
+class GrpoTrainer(Run):
     """One rank of a run: the policy under training, its frozen reference, and what surrounds them."""
 
     def __init__(self, config: GrpoConfig, deepspeed_json: dict, resume: str | None, ranks: Ranks):
-        self.config, self.ranks, train = config, ranks, config.train
-        self.run_dir = Path(train.run_dir)
+        train = config.train
         self.initial = Path(config.model.init_from or SHIPPED_MODEL)
         self.components = Path(config.model.components or find_components(self.initial))
         self.prompts = read_prompts(config, self.components)
         initial_settings = load_settings(self.initial)
         self.policy = policy_of(config, initial_settings)
         self.settings = exported_settings(config, initial_settings)
-        self.store = CheckpointStore(self.run_dir, ranks, train.keep_checkpoints)
-        checkpoint = self.store.choose(resume, asdict(config), self._say)
-        self.images_seen = checkpoint.images_seen if checkpoint else 0
-        self.saved, self.saved_at = checkpoint.folder if checkpoint else None, self.images_seen
-        self.spikes = SpikeGuard(config.optim.spike, **(checkpoint.state["spikes"] if checkpoint else {}))
-        self.guard, self.kl = Guard(config.guard.min_diversity), config.policy.kl
-        if checkpoint:
-            self.guard.load(checkpoint.state["guard"])
-            self.kl = checkpoint.state["kl"] if config.guard.alarm == "raise_kl" else config.policy.kl
-            self.store.protected = self.guard.best
-        self.alarm = ""
-        self.fingerprint = _fingerprint(self.initial)
-        if checkpoint and checkpoint.state["initial"] != self.fingerprint:
-            raise ValueError(f"{checkpoint.folder} began from other weights than those in {self.initial}: set model.init_from to the model that "
-                             "the run started from, which is its reference")
+        super().__init__(config, resume, ranks)
+        self.guard, self.kl, self.alarm = Guard(config.guard.min_diversity), config.policy.kl, ""
+        self.fingerprint = file_digest(self.initial / "uvit" / WEIGHTS_FILE)
+        if self.checkpoint:
+            self._go_on_from(self.checkpoint)
 
-        on_gpu = ranks.device.type == "cuda"
-        self.bf16 = train.precision == "bf16" or (train.precision == "auto" and on_gpu)
         self.text, self.codec = load_components(self.components, ranks.device, torch.bfloat16 if self.bf16 else torch.float32)
         self.uvit = load_uvit(self.initial / "uvit", ranks.device)
         check_fit(self.uvit, self.text, self.codec, self.components)
-        self.reference = None
-        if config.policy.kl:
+        self.lora, self.reference = lora_of(config), None  # the reference of adapters is the network without them
+        if config.policy.kl and not self.lora:
             self.reference = engines.Autocast(load_uvit(self.initial / "uvit", ranks.device).requires_grad_(False).eval(), self.bf16)
-        saved = SavedState(checkpoint.folder) if checkpoint else None
+        num_params = sum(p.numel() for p in self.uvit.parameters())
+        if self.lora:
+            add_adapters(self.uvit, self.lora, train.seed)
+        saved = SavedState(self.checkpoint.folder) if self.checkpoint else None
         if saved:
-            saved.load_weights(self.uvit)
+            saved.load_weights(self.uvit, trained=True)
         self.uvit.gradient_checkpointing = config.model.gradient_checkpointing
         shape = (self.uvit.config.in_channels, self.uvit.config.sample_size, self.uvit.config.sample_size)
         self.roller = Roller(config, self.settings, self.policy, self.prompts, self.text, self.codec, shape, ranks)
 
-        num_params = sum(p.numel() for p in self.uvit.parameters())
         self.per_update, self.micro_batch = images_per_update(config), micro_batch_of(config, ranks.world_size)
-        self.passes = len(self._steps(0)) + bool(config.policy.data_weight)  # of the network over an image in an update
-        engine_batches = pretraining.TrainConfig(batch_size=self.per_update * self.passes, micro_batch=self.micro_batch, compile=train.compile)
-        filled = engines.fill_deepspeed_json(deepspeed_json, engine_batches, config.optim, ranks.world_size, num_params, on_gpu)
-        if train.compile:
-            self.uvit.compile_blocks()
-        self.engine, self.partition = engines.initialize(engines.Autocast(self.uvit, self.bf16), filled, config.optim)
-        self.optimizer = self.engine.optimizer.optimizer
-        self.optimizer.skip = lambda: self.spikes.refuses(self._grad_norm())
-        self.ema = EMA(self.partition.flat, config.optim.ema_half_life, config.optim.ema_ramp)
-        if saved:
-            saved.load_training(self.partition, self.ema, self.optimizer)
+        self.passes = len(self._steps(0)) + bool(config.policy.reward_gradient) + bool(config.policy.data_weight)  # of the network over an image in an update
+        batches = pretraining.TrainConfig(batch_size=self.per_update * self.passes, micro_batch=self.micro_batch, compile=train.compile)
+        self.start_engine(deepspeed_json, batches, saved)
         self.feed = self.objective = None
         if config.policy.data_weight:
             self.feed = Feed(config.data, self.components, ranks, self.roller.per_rank, patch_size=self.uvit.config.patch_size, seed=train.seed,
                              run_dir=self.run_dir, dtype=torch.bfloat16 if self.bf16 else torch.float32)
             self.objective = Objective(data_objective(config, initial_settings), train.seed)
-        self.meter = GrpoMeter(ranks)
+        flops = forward_flops(self.uvit.config) * sum(passes_per_image(config, self.policy))
+        self.meter = GrpoMeter(ranks, flops, train.peak_tflops)
         self.evaluate = Evaluator(config, self.roller) if config.guard.every else None
-        self._say(f"{num_params / 1e6:.2f} M parameters, {ranks.world_size} rank(s) on {ranks.device.type}, {len(self.prompts):,} prompts, "
+        adapters = f" and {sum(s.numel() for s in self.partition.shapes.values()) / 1e6:.2f} M of adapters, which alone are trained" if self.lora else ""
+        self._say(f"{num_params / 1e6:.2f} M parameters{adapters}, {ranks.world_size} rank(s) on {ranks.device.type}, {len(self.prompts):,} prompts, "
                   f"a rollout is {self.roller.images:,} images in {config.rollout.updates} update(s), micro-batches of {self.micro_batch}")
-        if ranks.is_first:
-            self.run_dir.mkdir(parents=True, exist_ok=True)
-            replace_text(self.run_dir / "config.yaml", to_yaml(config))
-            replace_text(self.run_dir / "deepspeed.json", json.dumps(filled, indent=2))
-            self.tracker = Tracker(self.run_dir, config, self.images_seen)
+        self.open_run_folder()
+
+    def _go_on_from(self, checkpoint: Checkpoint) -> None:
+        """Of a checkpoint, what is this trainer's alone. ValueError where it belongs to another run."""
+        self.guard.load(checkpoint.state["guard"])
+        self.kl = checkpoint.state["kl"] if self.config.guard.alarm == "raise_kl" else self.config.policy.kl
+        self.store.protected = self.guard.best
+        if checkpoint.state["initial"] != self.fingerprint:
+            raise ValueError(f"{checkpoint.folder} began from other weights than those in {self.initial}: set model.init_from to the model that "
+                             "the run started from, which is its reference")
+        own = _lora_state(lora_of(self.config))
+        if checkpoint.state.get("lora") != own:
+            raise ValueError(f"{checkpoint.folder} was written with LoRA {checkpoint.state.get('lora') or 'off'}, this run asks for {own or 'off'}: keep "
+                             "policy.lora_rank and policy.lora_alpha as they were")
 
     # -- the run ------------------------------------------------------------------------------------------------------
 
     def run(self) -> int:
         if self.feed:
             self.feed.open(self.images_seen, self._say)
-        with StopFlag(self.ranks) as stop:
-            received = self._loop(stop)
-            if self.saved_at != self.images_seen:
-                self.save()
-            if received:  # said before another signal can end the process
-                self._say(f"interrupted by signal {received} after {self.images_seen:,} images, all saved; continue with --resume")
+        received = self.loop_and_save()
         self.roller.scorer.close()
         if self.feed:
             self.feed.close()
@@ -194,27 +181,25 @@ class GrpoTrainer:
         updates, epochs = self.config.rollout.updates, self.config.policy.inner_epochs
         rows = [range(u * self.roller.per_rank, (u + 1) * self.roller.per_rank) for u in range(updates)]
         # The network's outputs before the first update, in the shapes of the updates. The first update finds them itself.
-        old = {(part.start, i): guided_output(self._eps_fn(self.engine.module, experience, part), self.policy, i, self._state(experience, i, part))
-               for u in range(1, updates) for part in self._parts(rows[u]) for i in experience.states}
+        old = {(part.start, i): self._old_output(experience, i, part) for u in range(1, updates) for part in self._parts(rows[u]) for i in experience.states}
         for epoch in range(epochs):
             for u in range(updates):
                 self._update(experience, rows[u], old, keep=epochs > 1 and epoch == u == 0)
                 if epoch == 0:
                     self.images_seen += self.per_update
-                self._after_update(self.per_update if epoch == 0 else 0)
+                self._end_step(self.per_update, self.per_update if epoch == 0 else 0)
         self.meter.add_rollout(experience)
 
     def _update(self, experience: Experience, rows: range, old: dict, keep: bool) -> None:
         """One optimiser step on the images `rows`. keep: note the network's outputs in `old`."""
         how = self.config.policy
-        self._norm = None
-        engines.set_learning_rate(self.engine, self.config.optim, self._learning_rate())
+        self._begin_step()
         for part in self._parts(rows):
             eps_fn, advantage = self._eps_fn(self.engine, experience, part), experience.advantage[part]
             for i in experience.states:
                 state, seeds = self._state(experience, i, part), experience.seeds[part]
-                reference = None if self.reference is None else guided_output(self._eps_fn(self.reference, experience, part), self.policy, i, state)
-                log_ratio, kl, eps = compare(eps_fn, self.policy, i, state, seeds, eps_old=old.get((part.start, i)), eps_ref=reference)
+                log_ratio, kl, eps = compare(eps_fn, self.policy, i, state, seeds, eps_old=old.get((part.start, i)),
+                                             eps_ref=self._reference_output(experience, i, part, state))
                 if keep:
                     old[part.start, i] = eps
                 value, outside = surrogate(log_ratio, advantage, how.clip, eps[0].numel())
@@ -222,6 +207,10 @@ class GrpoTrainer:
                 self.engine.backward((self.kl * kl - value).mean() * (self.passes / len(experience.states)))
                 self.engine.step()
                 self.meter.add_transition(value, log_ratio, kl, outside)
+            if how.reward_gradient:
+                worth = self._last_call(experience, part)
+                self.engine.backward(worth.mean() * (-how.reward_gradient * self.passes))
+                self.engine.step()
         for batch in self.feed.next().micro_batches(self.micro_batch) if self.feed else ():
             example = self.objective.example(batch.latents, batch.positions)
             text = self.objective.drop_captions(batch.text, self.roller.null_text, batch.positions)
@@ -230,19 +219,16 @@ class GrpoTrainer:
             self.engine.step()
             self.meter.add_data(losses)
 
-    def _after_update(self, new_images: int) -> None:
-        norm = self._grad_norm()  # infinite when DeepSpeed has skipped the step; the same on every rank
-        bad = self.spikes.judge(norm)
-        if bad:
-            self._say(f"{bad} at {self.images_seen:,} images: step skipped ({self.spikes.skipped} so far)")
-            if self.spikes.in_a_row >= self.config.train.max_bad_steps:
-                raise ValueError(f"{self.spikes.in_a_row} steps in a row had to be skipped, the last for a {bad}: lower optim.lr, or "
-                                 f"continue from an older checkpoint in {self.store.folder} with --resume PATH")
-        else:
-            self.meter.grad_norms.append(norm)
-            self.ema.update(self.images_seen, self.per_update)
-        if self.ranks.is_first:
-            self.tracker.advance(new_images)
+    def _last_call(self, experience: Experience, part: slice) -> torch.Tensor:
+        """The rewards of x_0 = f(y_1), in units of an advantage, with gradients through the VAE and the last call, [B]: y_1 stays as it was drawn."""
+        x0 = last_call(self._eps_fn(self.engine, experience, part), self.policy, experience.last[part].to(self.ranks.device))
+        pictures, worth = self.codec.decode(x0).add(1).div(2), 0.0
+        for reward in self.roller.scorer.rewards:
+            if reward.name in experience.reward_scale:
+                values = score_differentiably(reward, pictures, experience.prompts[part], experience.metadata[part])
+                self.meter.add_last_call(reward.name, values)
+                worth = worth + experience.reward_scale[reward.name] * values
+        return worth
 
     def _parts(self, rows: range):
         """Micro-batches of a rank's images, as slices."""
@@ -250,6 +236,19 @@ class GrpoTrainer:
 
     def _eps_fn(self, network, experience: Experience, part: slice):
         return self.roller.eps_fn(network, [t[experience.row[part]] for t in experience.text])
+
+    def _reference_output(self, experience: Experience, i: int, part: slice, state: torch.Tensor) -> torch.Tensor | None:
+        if not self.config.policy.kl:
+            return None
+        if self.lora:
+            with adapters_off(self.uvit):
+                return guided_output(self._eps_fn(self.engine.module, experience, part), self.policy, i, state)
+        return guided_output(self._eps_fn(self.reference, experience, part), self.policy, i, state)
+
+    def _old_output(self, experience: Experience, i: int, part: slice) -> torch.Tensor:
+        if i in experience.eps:
+            return experience.eps[i][part].to(self.ranks.device)
+        return guided_output(self._eps_fn(self.engine.module, experience, part), self.policy, i, self._state(experience, i, part))
 
     def _state(self, experience: Experience, i: int, part: slice) -> torch.Tensor:
         return experience.states[i][part].to(self.ranks.device)
@@ -262,19 +261,9 @@ class GrpoTrainer:
         first = rollout % (len(steps) - window + 1)
         return tuple(steps[first:first + window])
 
-    def _grad_norm(self) -> float:
-        """Of this update, known once DeepSpeed has summed the gradients; read from the device once."""
-        if self._norm is None:
-            self._norm = float(self.engine.optimizer._global_grad_norm)
-        return self._norm
-
-    def _learning_rate(self) -> float:
-        return engines.learning_rate(self.config.optim, self.images_seen, self.config.train.images)
-
     def _crossed(self, every: int) -> bool:
         """Whether the last rollout passed a multiple of `every` images, or ended the run."""
-        return (self.images_seen // every != (self.images_seen - self.roller.images) // every
-                or self.images_seen >= self.config.train.images)
+        return self._passed(every, self.roller.images)
 
     # -- what it leaves behind ----------------------------------------------------------------------------------------
 
@@ -287,26 +276,16 @@ class GrpoTrainer:
                              brief=f"{rewards}  kl {row['kl']:.3f}  clipped {row['clip_fraction']:.0%}  grad {row['grad_norm']:.3f}")
 
     def _sample(self) -> None:
-        """Draw the sample grid with the averaged weights, on rank 0. Collective."""
-        averages = self.partition.gather(self.ema.averages)
-        if self.ranks.is_first:
-            uvit = network_of(self.uvit.config, averages).to(self.ranks.device)
-            with torch.autocast(self.ranks.device.type, torch.bfloat16, enabled=self.bf16):
-                bundle = Bundle(uvit, self.text, self.codec, self.settings, self.components)
-                self.tracker.grid(self.images_seen, draw_grid(bundle, self.config.sample))
+        self._draw_grid(self.text, self.codec, self.settings, self.components)
 
-    def save(self) -> None:
-        """Write a checkpoint. Collective."""
-        state = {"images_seen": self.images_seen, "world_size": self.ranks.world_size, "spikes": self.spikes.state(),
-                 "guard": self.guard.state(), "kl": self.kl, "initial": self.fingerprint,
-                 "config": asdict(self.config), "network": dict(self.uvit.config), "settings": asdict(self.settings),
-                 "components": str(self.components)}
-        self.saved = self.store.save(state, lambda folder: write_rank(folder, self.partition, self.ema, self.optimizer))
-        self.saved_at = self.images_seen
+    def _averaged(self, weights: Mapping[str, torch.Tensor]) -> UViT2DModel:
+        if not self.lora:
+            return super()._averaged(weights)
+        return merge(load_uvit(self.initial / "uvit").requires_grad_(False).eval(), self.lora, weights)
 
-    def _say(self, message: str) -> None:
-        if self.ranks.is_first:
-            print(message, flush=True)
+    def _own_state(self) -> dict:
+        return {"guard": self.guard.state(), "kl": self.kl, "initial": self.fingerprint, "settings": asdict(self.settings),
+                "components": str(self.components), "lora": _lora_state(self.lora), "base": str(self.initial.resolve())}
 
 
 def read_prompts(config: GrpoConfig, components: Path) -> Prompts:
@@ -350,10 +329,10 @@ def exported_settings(config: GrpoConfig, initial: Settings) -> Settings:
     return replace(initial, plan=how.plan, num_steps=how.steps, guidance_scale=how.guidance, guidance_below=how.guidance_below, extrapolation=0.0)
 
 
-def _fingerprint(folder: Path) -> str:
-    """SHA-256 of a model folder's network."""
-    digest = hashlib.sha256()
-    with open(folder / "uvit" / "diffusion_pytorch_model.safetensors", "rb") as file:
-        while block := file.read(1 << 22):
-            digest.update(block)
-    return digest.hexdigest()
+def lora_of(config: GrpoConfig) -> Lora | None:
+    how = config.policy
+    return Lora(how.lora_rank, how.lora_alpha if how.lora_alpha is not None else float(how.lora_rank)) if how.lora_rank else None
+
+
+def _lora_state(lora: Lora | None) -> dict | None:
+    return lora and asdict(lora)

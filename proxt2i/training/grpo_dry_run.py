@@ -13,7 +13,10 @@ from proxt2i.models.files import read_json
 from proxt2i.models.flops import forward_flops
 from proxt2i.models.uvit import UViT2DModel
 from proxt2i.rewards import settings_of
-from proxt2i.training.grpo import policy_of, read_prompts
+from proxt2i.training.grpo import lora_of, policy_of, read_prompts
+from proxt2i.training.grpo_meter import passes_per_image
+from proxt2i.training.lora import add_adapters
+from proxt2i.training.rollouts import keeps_outputs
 
 
 def dry_run(config: GrpoConfig, world_size: int, say=print) -> None:
@@ -23,14 +26,17 @@ def dry_run(config: GrpoConfig, world_size: int, say=print) -> None:
     prompts = read_prompts(config, Path(config.model.components or find_components(initial)))
     with torch.device("meta"):
         uvit = UViT2DModel.from_config(read_json(initial / "uvit" / "config.json"))
-    num_params = sum(p.numel() for p in uvit.parameters())
+    num_params, lora = sum(p.numel() for p in uvit.parameters()), lora_of(config)
+    if lora:
+        with torch.device("meta"):
+            add_adapters(uvit, lora)
     images, micro_batch = images_per_update(config), micro_batch_of(config, world_size)
-    guided = [scale not in (0, 1) for scale in policy.guidance]
     trained = config.policy.window or len(config.policy.steps or range(policy.num_transitions))
-    evaluations = len(guided) + sum(guided)
-    # training an evaluation is three times one; the reference is one more
-    update = (4 if config.policy.kl else 3) * trained * (1 + sum(guided) / len(guided)) * config.policy.inner_epochs
+    evaluations, update = passes_per_image(config, policy)
     say(f"dry run: {world_size:,} rank(s), {num_params / 1e6:,.2f} M parameters from {initial}")
+    if lora:
+        adapters = sum(p.numel() for p in uvit.parameters() if p.requires_grad)
+        say(f"LoRA: adapters of rank {lora.rank}, {adapters / 1e6:,.2f} M parameters, are trained; the network stays frozen and is the reference")
     say(f"prompts: {len(prompts):,}, the first: {prompts.texts[0]!r}")
     say(f"rollout: {how.updates} update(s) x {how.groups_per_update} prompts x {how.group_size} images = {how.updates * images:,} images, "
         f"{how.updates * images // world_size:,} on each rank in batches of {how.batch}")
@@ -39,9 +45,10 @@ def dry_run(config: GrpoConfig, world_size: int, say=print) -> None:
         f"guidance {', '.join(f'{g:g}' for g in policy.guidance)}")
     say(f"an image costs about {evaluations} evaluations of the network to draw and {update:.0f} to train on, "
         f"{forward_flops(uvit.config) * (evaluations + update) / 1e9:,.1f} GFLOP (VAE and rewards not counted)")
-    state = how.updates * images // world_size * trained * uvit.config.in_channels * uvit.config.sample_size**2 * 4
-    say(f"states kept for the update: {state / 2**20:,.1f} MiB a rank, on the {how.store}; "
-        f"reference network: {num_params * 4 / 2**30 if config.policy.kl else 0:.2f} GiB")
+    kept = trained * (2 if keeps_outputs(config, world_size) else 1) + bool(config.policy.reward_gradient)
+    state = how.updates * images // world_size * kept * uvit.config.in_channels * uvit.config.sample_size**2 * 4
+    say(f"states (and outputs) kept for the update: {state / 2**20:,.1f} MiB a rank, on the {how.store}; "
+        f"reference network: {num_params * 4 / 2**30 if config.policy.kl and not lora else 0:.2f} GiB")
     for name, entries in (("trained on", config.rewards.train), ("panel", config.rewards.panel)):
         if entries:
             say(f"rewards, {name}: " + ", ".join(f"{s.key} x {s.weight:g}" for s in settings_of(entries)))

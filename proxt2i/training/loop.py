@@ -3,29 +3,25 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import time
 from dataclasses import asdict
 from pathlib import Path
 
 import torch
 
-from proxt2i.config import Config, ModelConfig, to_yaml
+from proxt2i.config import Config, ModelConfig
 from proxt2i.data.buckets import parse_size
-from proxt2i.models.bundle import EMBEDDED, Bundle, load_uvit
+from proxt2i.models.bundle import EMBEDDED, load_uvit
 from proxt2i.models.uvit import PRESETS, UViT2DModel, build_uvit
-from proxt2i.training import distributed, engine as engines
-from proxt2i.training.checkpoint import CheckpointStore, replace_text
+from proxt2i.training import distributed
 from proxt2i.training.distributed import Ranks, StopFlag
-from proxt2i.training.ema import EMA
-from proxt2i.training.export import export, network_of
+from proxt2i.training.export import export
 from proxt2i.training.feed import Feed, check_sizes
 from proxt2i.training.meter import Meter
 from proxt2i.training.objective import Objective
-from proxt2i.training.preview import draw_grid, settings_of
-from proxt2i.training.spikes import SpikeGuard
-from proxt2i.training.state import SavedState, write_rank
-from proxt2i.training.tracking import Tracker
+from proxt2i.training.preview import settings_of
+from proxt2i.training.run import Run
+from proxt2i.training.state import SavedState
 
 
 def train(config: Config, deepspeed_json: dict, resume: str | None = None) -> int:
@@ -40,64 +36,36 @@ def train(config: Config, deepspeed_json: dict, resume: str | None = None) -> in
     return received
 
 
-class Trainer:
+class Trainer(Run):
     """One rank of a run. Weights under training, averaged weights, optimizer, data and reports, and how they are saved."""
 
     def __init__(self, config: Config, deepspeed_json: dict, resume: str | None, ranks: Ranks):
-        self.config, self.ranks = config, ranks
-        self.run_dir = Path(config.train.run_dir)
-        self.store = CheckpointStore(self.run_dir, ranks, config.train.keep_checkpoints)
-        checkpoint = self.store.choose(resume, asdict(config), self._say)
-        self.images_seen = checkpoint.images_seen if checkpoint else 0
-        self.saved = checkpoint.folder if checkpoint else None  # holds the state after `saved_at` images
-        self.saved_at = self.images_seen
+        super().__init__(config, resume, ranks)
         self.batch_size = config.train.batch_size
         per_rank = self.batch_size // ranks.world_size
         self.micro_batch = config.train.micro_batch or per_rank
-        self.guard = SpikeGuard(config.optim.spike, **(checkpoint.state["guard"] if checkpoint else {}))
-
-        on_gpu = ranks.device.type == "cuda"
-        self.bf16 = config.train.precision == "bf16" or (config.train.precision == "auto" and on_gpu)
         self.feed = Feed(config.data, Path(config.model.components or EMBEDDED), ranks, per_rank, patch_size=patch_size_of(config.model),
                          seed=config.train.seed, run_dir=self.run_dir, dtype=torch.bfloat16 if self.bf16 else torch.float32)
         self.objective = Objective(config.diffusion, config.train.seed)
         self.uvit = self._build_uvit()
-        saved = SavedState(checkpoint.folder) if checkpoint else None
-        if checkpoint:
+        saved = SavedState(self.checkpoint.folder) if self.checkpoint else None
+        if saved:
             saved.load_weights(self.uvit)
-            check_same_network(self.uvit, checkpoint.state["network"], str(checkpoint.folder))
+            check_same_network(self.uvit, self.checkpoint.state["network"], str(self.checkpoint.folder))
         elif config.model.init_from:
             warm_start(self.uvit, Path(config.model.init_from))
-
+        self.start_engine(deepspeed_json, config.train, saved)
         num_params = sum(p.numel() for p in self.uvit.parameters())
-        filled = engines.fill_deepspeed_json(deepspeed_json, config.train, config.optim, ranks.world_size, num_params, on_gpu)
-        if config.train.compile:
-            self.uvit.compile_blocks()
-        self.engine, self.partition = engines.initialize(engines.Autocast(self.uvit, self.bf16), filled, config.optim)
-        self.optimizer = self.engine.optimizer.optimizer
-        self.optimizer.skip = lambda: self.guard.refuses(self._grad_norm())
-        self.ema = EMA(self.partition.flat, config.optim.ema_half_life, config.optim.ema_ramp)
-        if checkpoint:
-            saved.load_training(self.partition, self.ema, self.optimizer)
         self._say(f"{num_params / 1e6:.2f} M parameters, {ranks.world_size} rank(s) on {ranks.device.type}, "
                   f"{torch.get_num_threads()} CPU thread(s) each, {'bf16 autocast' if self.bf16 else 'fp32'}")
-        if ranks.is_first:
-            self.run_dir.mkdir(parents=True, exist_ok=True)
-            replace_text(self.run_dir / "config.yaml", to_yaml(config))
-            replace_text(self.run_dir / "deepspeed.json", json.dumps(filled, indent=2))
-            self.tracker = Tracker(self.run_dir, config, self.images_seen)
+        self.open_run_folder()
 
     # -- the run ------------------------------------------------------------------------------------------------------
 
     def run(self) -> int:
         self.feed.open(self.images_seen, self._say)
         self.meter = Meter(self.objective.pairs.bucket_names, self.uvit.config, self.ranks, self.config.train.peak_tflops)
-        with StopFlag(self.ranks) as stop:
-            received = self._loop(stop)
-            if self.saved_at != self.images_seen:
-                self.save()
-            if received:  # said before another signal can end the process
-                self._say(f"interrupted by signal {received} after {self.images_seen:,} images, all saved; continue with --resume")
+        received = self.loop_and_save()
         self.feed.close()
         if not received:
             self._finish()
@@ -122,8 +90,7 @@ class Trainer:
 
     def step(self) -> None:
         """One optimiser step on `batch_size` images."""
-        self._norm = None
-        engines.set_learning_rate(self.engine, self.config.optim, self._learning_rate())
+        self._begin_step()
         waiting = time.perf_counter()
         batch = self.feed.next()
         self.meter.data_seconds += time.perf_counter() - waiting
@@ -137,32 +104,11 @@ class Trainer:
             self.meter.add_losses(losses.detach(), example.bucket)
         self.images_seen += self.batch_size
         self.meter.add_images(batch.latents)
-        norm = self._grad_norm()  # infinite when DeepSpeed has skipped the step; the same on every rank
-        bad = self.guard.judge(norm)
-        if bad:
-            self._say(f"{bad} at {self.images_seen:,} images: step skipped ({self.guard.skipped} so far)")
-            if self.guard.in_a_row >= self.config.train.max_bad_steps:
-                raise ValueError(f"{self.guard.in_a_row} steps in a row had to be skipped, the last for a {bad}: lower optim.lr, or "
-                                 f"continue from an older checkpoint in {self.store.folder} with --resume PATH")
-        else:
-            self.meter.grad_norms.append(norm)
-            self.ema.update(self.images_seen, self.batch_size)
-        if self.ranks.is_first:
-            self.tracker.advance(self.batch_size)
-
-    def _grad_norm(self) -> float:
-        """Of this step, known once DeepSpeed has summed the gradients; read from the device once, though every parameter group asks."""
-        if self._norm is None:
-            self._norm = float(self.engine.optimizer._global_grad_norm)
-        return self._norm
-
-    def _learning_rate(self) -> float:
-        return engines.learning_rate(self.config.optim, self.images_seen, self.config.train.images)
+        self._end_step(self.batch_size, self.batch_size)
 
     def _crossed(self, every: int) -> bool:
         """Whether the last step passed a multiple of `every` images, or ended the run."""
-        return (self.images_seen // every != (self.images_seen - self.batch_size) // every
-                or self.images_seen >= self.config.train.images)
+        return self._passed(every, self.batch_size)
 
     @contextlib.contextmanager
     def _paused(self):
@@ -177,25 +123,14 @@ class Trainer:
         row = self.meter.summary()
         bad_samples = self.feed.count_bad_samples()
         if self.ranks.is_first:
-            self.tracker.log({"images": self.images_seen, "lr": self._learning_rate(), "bad_steps": self.guard.skipped,
+            self.tracker.log({"images": self.images_seen, "lr": self._learning_rate(), "bad_steps": self.spikes.skipped,
                               "bad_samples": bad_samples, **row})
 
     def _sample(self) -> None:
-        """Draw the sample grid with the averaged weights, on rank 0. Collective."""
-        averages = self.partition.gather(self.ema.averages)
-        if self.ranks.is_first:
-            uvit = network_of(self.uvit.config, averages).to(self.ranks.device)
-            bundle = Bundle(uvit, self.feed.text, self.feed.codec, settings_of(self.config), self.feed.components)
-            with torch.autocast(self.ranks.device.type, torch.bfloat16, enabled=self.bf16):
-                self.tracker.grid(self.images_seen, draw_grid(bundle, self.config.sample))
+        self._draw_grid(self.feed.text, self.feed.codec, settings_of(self.config), self.feed.components, self.config.sample.size)
 
-    def save(self) -> None:
-        """Write a checkpoint. Collective."""
-        state = {"images_seen": self.images_seen, "world_size": self.ranks.world_size, "guard": self.guard.state(),
-                 "config": asdict(self.config), "network": dict(self.uvit.config), "settings": asdict(settings_of(self.config)),
-                 "components": str(self.feed.components)}
-        self.saved = self.store.save(state, lambda folder: write_rank(folder, self.partition, self.ema, self.optimizer))
-        self.saved_at = self.images_seen
+    def _own_state(self) -> dict:
+        return {"settings": asdict(settings_of(self.config)), "components": str(self.feed.components)}
 
     def _finish(self) -> None:
         """Export the averaged weights, just saved, with the frozen components as a model folder."""
@@ -210,10 +145,6 @@ class Trainer:
         torch.manual_seed(self.config.train.seed)
         codec, text = self.feed.codec, self.feed.text
         return uvit_of(self.config, codec.channels, codec.factor, text.dims, text.lengths).to(self.ranks.device)
-
-    def _say(self, message: str) -> None:
-        if self.ranks.is_first:
-            print(message, flush=True)
 
 
 def uvit_of(config: Config, channels: int, factor: int, text_dims: list[int], text_lengths: list[int]) -> UViT2DModel:

@@ -23,9 +23,7 @@ class Meter:
 
     def __init__(self, bucket_names: Sequence[str], uvit_config: Mapping, ranks: Ranks, peak: float | None = None):
         self.bucket_names, self.uvit_config, self.ranks = bucket_names, uvit_config, ranks
-        if peak is None and ranks.device.type == "cuda":
-            peak = peak_tflops(torch.cuda.get_device_name(ranks.device))
-        self.peak = peak
+        self.peak = peak or device_peak(ranks)
         self.reset()
 
     def reset(self) -> None:
@@ -84,6 +82,11 @@ class Meter:
                 totals[key][0] += loss_sum
                 totals[key][1] += count
         return {f"loss/{name}": s / c for name, (s, c) in totals.items() if c}
+
+
+def device_peak(ranks: Ranks) -> float | None:
+    """Dense bf16 TFLOP/s of this rank's GPU, None for a CPU or a GPU that is not known."""
+    return peak_tflops(torch.cuda.get_device_name(ranks.device)) if ranks.device.type == "cuda" else None
 
 
 def peak_memory(ranks: Ranks) -> int:

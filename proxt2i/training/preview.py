@@ -17,9 +17,8 @@ def settings_of(config: Config) -> Settings:
                     diffusion.objective)
 
 
-def draw_grid(bundle: Bundle, how: SampleConfig) -> np.ndarray:
-    """uint8 [prompts, per_prompt, H, W, 3]."""
+def draw_grid(bundle: Bundle, how: SampleConfig, size: str | None = None) -> np.ndarray:
+    """uint8 [prompts, per_prompt, H, W, 3]. size: HEIGHTxWIDTH in pixels; None: the model's own."""
     prompts = [prompt for prompt in how.prompts for _ in range(how.per_prompt)]
-    size = parse_size(how.size) if how.size else None
-    images = generate(bundle, prompts, range(how.seed, how.seed + len(prompts)), size=size).permute(0, 2, 3, 1).numpy()
+    images = generate(bundle, prompts, range(how.seed, how.seed + len(prompts)), size=parse_size(size) if size else None).permute(0, 2, 3, 1).numpy()
     return images.reshape(len(how.prompts), how.per_prompt, *images.shape[1:])

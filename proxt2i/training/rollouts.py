@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from dataclasses import dataclass
 
 import numpy as np
@@ -12,10 +13,10 @@ from torch import Tensor
 from proxt2i.data.prompts import Prompts
 from proxt2i.diffusion import Policy, guided, prox_from_eps, rollout
 from proxt2i.diffusion.proximal import EpsFn
-from proxt2i.grpo_config import GrpoConfig, images_per_update
+from proxt2i.grpo_config import GrpoConfig, images_per_update, micro_batch_of
 from proxt2i.models.bundle import Settings
 from proxt2i.rewards import Scorer, load_reward, settings_of
-from proxt2i.training.advantage import advantages
+from proxt2i.training.advantage import advantages, reward_scales
 from proxt2i.training.distributed import Ranks
 from proxt2i.training.randomness import sample_seeds
 
@@ -25,18 +26,29 @@ class Experience:
     """One rank's images of a rollout, M of them, those of an update standing together: update u has rows u * m to (u + 1) * m - 1.
 
     seeds: int64 [M].  states[i]: where transition i starts, float32 [M, *shape].  text: a row for each of the rank's groups.
+    eps[i]: the guided output of the network that drew them there, for later updates; empty where it would not be the same bits (see `Roller.draw`).
     row: int64 [M], an image's row in text.  advantage: float32 [M].  scores: of the images of all ranks, {reward: [images]}.
     flat_groups: of all ranks, those whose images all have the same rewards.  spread: std of the x0 of a prompt, mean over elements and groups.
+    last: the state that the last evaluation saw, float32 [M, *shape], where `policy.reward_gradient` needs it.  prompts, metadata: of every image.
+    reward_scale: see `advantage.reward_scales`.
+    reward_seconds: this rank's rewards took, most of it while the next pictures were drawn; reward_wait: it waited for them with nothing else to do.
     """
 
     seeds: Tensor
     states: dict[int, Tensor]
+    eps: dict[int, Tensor]
     text: list[Tensor]
     row: Tensor
+    prompts: list[str]
+    metadata: list[dict | None]
+    last: Tensor | None
+    reward_scale: dict[str, float]
     advantage: Tensor
     scores: dict[str, Tensor]
     flat_groups: int
     spread: float
+    reward_seconds: float
+    reward_wait: float
 
 
 class Roller:
@@ -72,34 +84,47 @@ class Roller:
         """The rollout that begins after `images_seen` images, of which the transitions `steps` will be trained. Collective.
 
         stop: collective, asked after every batch; None comes back when it says so. RewardError when a reward fails.
+        A network's output for an image depends on its batch by rounding. Where a batch here is a micro-batch of the update, the outputs are kept: a later
+        update needs just these, and would otherwise compute them again.
         """
         how, device = self.config.rollout, self.ranks.device
         positions = self.positions()
         groups = positions // how.group_size
         first_group = images_seen // how.group_size
         own = np.unique(groups)
+        scored_before = self.scorer.seconds
         numbers = self.prompts.order(self.config.train.seed, first_group + int(own[0]), int(own[-1] - own[0]) + 1)[own - own[0]]
         text = self.text_encoder([self.prompts.texts[n] for n in numbers])
         row = np.searchsorted(own, groups)
         seeds = torch.from_numpy(sample_seeds(self.config.train.seed, images_seen + positions)).to(device)
         rows = torch.from_numpy(row).to(device)
         store = "cpu" if how.store == "cpu" else None
+        keep_eps = keeps_outputs(self.config, self.ranks.world_size)
+        keep_last = self.config.policy.reward_gradient > 0
+        asked = numbers[row].tolist()
+        prompts, metadata = ([of[n] for n in asked] for of in (self.prompts.texts, self.prompts.metadata))
         parts, latents, futures = [], [], []
         for chosen in torch.arange(len(positions), device=device).split(how.batch):
             eps_fn = self.eps_fn(network, [t[rows[chosen]] for t in text])
-            part = rollout(eps_fn, self.policy, self.shape, seeds[chosen], steps=steps, store=store)
+            part = rollout(eps_fn, self.policy, self.shape, seeds[chosen], steps=steps, keep_eps=keep_eps, keep_last=keep_last, store=store)
             pictures = self.codec.decode(part.x0).add(1).div(2)
-            asked = numbers[row[chosen.cpu().numpy()]].tolist()
-            futures.append(self.scorer.submit(pictures, [self.prompts.texts[n] for n in asked], [self.prompts.metadata[n] for n in asked]))
-            parts.append(part.states)
+            first, end = len(latents) * how.batch, len(latents) * how.batch + len(chosen)
+            futures.append(self.scorer.submit(pictures, prompts[first:end], metadata[first:end]))
+            parts.append(part)
             latents.append(part.x0)
             if stop():
                 return None
-        states = {i: torch.cat([part[i] for part in parts]) for i in steps}
+        states = {i: torch.cat([part.states[i] for part in parts]) for i in steps}
+        eps = {i: torch.cat([part.eps[i] for part in parts]) for i in steps if keep_eps}
+        waiting = time.perf_counter()
         results = [future.result() for future in futures]
+        waited = time.perf_counter() - waiting
         scores = {s.key: self._gather(torch.cat([r[s.key] for r in results])) for s in self.reward_settings}
         advantage, flat = advantages(scores, self.reward_settings, how.group_size, self.config.policy.advantage_clip)
-        return Experience(seeds, states, text, rows, advantage[positions].to(device), scores, flat, _spread(torch.cat(latents), rows))
+        last = torch.cat([part.states[self.policy.num_transitions] for part in parts]) if keep_last else None
+        scales = reward_scales(scores, self.reward_settings, how.group_size)
+        return Experience(seeds, states, eps, text, rows, prompts, metadata, last, scales, advantage[positions].to(device), scores, flat,
+                          _spread(torch.cat(latents), rows), self.scorer.seconds - scored_before, waited)
 
     def _gather(self, own: Tensor) -> Tensor:
         """A number for each image of this rank [M] -> of all ranks, in the rollout's order, on the CPU."""
@@ -107,6 +132,11 @@ class Roller:
         parts = [torch.empty_like(own) for _ in range(self.ranks.world_size)]
         dist.all_gather(parts, own)
         return torch.stack([part.reshape(self.config.rollout.updates, -1) for part in parts], 1).reshape(-1).cpu()
+
+
+def keeps_outputs(config: GrpoConfig, world_size: int) -> bool:
+    """Whether later updates of a rollout have use for its outputs, and a batch of it is a micro-batch of theirs."""
+    return config.rollout.updates > 1 and config.rollout.batch == micro_batch_of(config, world_size)
 
 
 def _spread(latents: Tensor, rows: Tensor) -> float:

@@ -76,13 +76,14 @@ class SavedState:
         return values
 
     @torch.no_grad()
-    def load_weights(self, module: nn.Module, kind: str = WEIGHT) -> None:
-        """Fill the parameters of `module`. ValueError when they are not the ones that were saved."""
-        sizes, wanted = self.sizes(), {name: p.numel() for name, p in module.named_parameters()}
+    def load_weights(self, module: nn.Module, kind: str = WEIGHT, trained: bool = False) -> None:
+        """Fill the parameters of `module`, or only those that are trained. ValueError when they are not the ones that were saved."""
+        parameters = {name: p for name, p in module.named_parameters() if p.requires_grad or not trained}
+        sizes, wanted = self.sizes(), {name: p.numel() for name, p in parameters.items()}
         if sizes != wanted:
             different = sorted(name for name in sizes.keys() | wanted.keys() if sizes.get(name) != wanted.get(name))
             raise ValueError(f"the weights in {self.folder} do not fit the model: {', '.join(different[:3])} differ")
-        for name, parameter in module.named_parameters():
+        for name, parameter in parameters.items():
             parameter.copy_(self.read(kind, name, 0, parameter.numel()).view(parameter.shape))
 
     @torch.no_grad()

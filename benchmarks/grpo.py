@@ -1,0 +1,104 @@
+"""Times GRPO: images/s (drawn, decoded, scored and trained on) of our trainer against a published one's loop.
+
+    python benchmarks/grpo.py [--rounds 12] [--out FILE.json]
+
+Portraits, the shipped U-ViT and PickScore's tiny CLIP, 4 steps (3 trained transitions), the last one guided, fp32. A step is a rollout of 64 images
+(4 prompts x 16) in 2 updates of 32, in micro-batches of 32. Every contestant is a process of its own with one thread; all are bound to one core and asked in
+turn for one step, in a new order every round, so that other work on the machine hits them alike. A figure is the median over the rounds of the ratio within
+a round, with the quartiles. "cpu" ratios are of processor seconds, which other work moves less.
+
+ours          GrpoTrainer under ZeRO-2 on one rank: rollout, rewards in their thread, updates, stop flags, statistics, as in a run; AdamW
+plain         benchmarks/plain_grpo.py: flow_grpo's loop with the two branches of guidance one after the other and PNGs between sampler and reward
+plain-batched the same with guidance in one batch and rewards that read tensors, which is how flow_grpo's own script does it for local rewards
+Alike: the function that the network computes and its weights, text encoder, VAE, reward, plan, numbers of images, precision, threads, a reference for
+the KL divergence, gradient clipping, an average of the weights every update, attention by one fused operation (ours: native; plain: torch's).
+Different, plain against ours: eager noise, steps, log densities and loss against one fused operation each; numbers read at every step; AdamW over
+parameters against flat slices; all tokens in the last block against the image tokens; the prompt of a picture encoded for every picture against once a group.
+Ours does besides: noise as a function of seed and position, outputs of the old policy kept for exact ratios, spike guard, stop signals, statistics.
+"""
+
+import argparse
+import json
+import os
+import sys
+import tempfile
+from pathlib import Path
+
+os.environ.update(OMP_NUM_THREADS="1")
+sys.path.insert(0, str(Path(__file__).parent))
+
+from contest import Contestant, machine, spread, take_turns  # noqa: E402
+from plain_grpo import PlainGrpo  # noqa: E402
+from timing import write_result  # noqa: E402
+
+from proxt2i.grpo_config import load_config  # noqa: E402
+from proxt2i.training import distributed  # noqa: E402
+from proxt2i.training.distributed import StopFlag  # noqa: E402
+from proxt2i.training.engine import read_deepspeed_json  # noqa: E402
+from proxt2i.training.grpo import GrpoTrainer  # noqa: E402
+
+ROOT = Path(__file__).resolve().parents[1]
+GROUP_SIZE, PER_UPDATE, UPDATES = 16, 32, 2
+
+
+def make_trainer(folder: Path, name: str, overrides: list[str]) -> GrpoTrainer:
+    settings = [f"train.run_dir={folder}/{name}", "train.threads=1", "train.tensorboard=false", "sample.every=0", "guard.every=0", "optim.name=adamw",
+                "optim.lr=1e-4", "prompts.num=256", f"rollout.group_size={GROUP_SIZE}", f"rollout.groups_per_update={PER_UPDATE // GROUP_SIZE}",
+                f"rollout.updates={UPDATES}", f"rollout.batch={PER_UPDATE}", f"train.micro_batch={PER_UPDATE}", *overrides]
+    return GrpoTrainer(load_config(ROOT / "configs" / "grpo_portraits.yaml", settings), read_deepspeed_json(ROOT / "configs" / "zero2.json"), None,
+                       distributed.start(1))
+
+
+def ours(folder: Path, name: str, *overrides: str):
+    """A function that makes one step as GrpoTrainer._loop does; nothing is looked at, sampled or saved."""
+    trainer = make_trainer(folder, name, list(overrides))
+    stop = StopFlag(trainer.ranks)
+
+    def step():
+        steps = trainer._steps(trainer.images_seen // trainer.roller.images)
+        with trainer.meter.timed("rollout"):
+            experience = trainer.roller.draw(trainer.engine.module, trainer.images_seen, steps, lambda: stop.reduced() != 0)
+        with trainer.meter.timed("train"):
+            trainer.learn(experience)
+        stop.reduced()
+        if trainer._crossed(trainer.config.train.log_every):
+            trainer._log()
+
+    return step
+
+
+def plain(folder: Path, name: str, apart: bool):
+    """A function that makes one step of the plain loop."""
+    trainer = make_trainer(folder, name, [])
+    roller = trainer.roller
+    return PlainGrpo(trainer.uvit, roller.text_encoder, roller.codec, roller.scorer.rewards[0], trainer.policy, trainer.prompts.texts, batch=PER_UPDATE,
+                     updates=UPDATES, per_update=PER_UPDATE, group_size=GROUP_SIZE, apart=apart).step
+
+
+MAKERS = {"ours": (ours, ()), "plain": (plain, (True,)), "plain-batched": (plain, (False,)), "compiled": (ours, ("train.compile=true",))}
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=12)
+    parser.add_argument("--warmup", type=int, default=1, help="steps of each contestant before the first round")
+    parser.add_argument("--contestants", nargs="+", choices=MAKERS, default=["ours", "plain", "plain-batched"])
+    parser.add_argument("--out", type=Path, help="write the result as JSON")
+    args = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        contestants = [Contestant(Path(folder), name, MAKERS[name][0], [(name, *MAKERS[name][1])], [0], warmup=args.warmup).wait() for name in args.contestants]
+        rounds = take_turns(contestants, args.rounds, 0)
+        for contestant in contestants:
+            contestant.close()
+    images = PER_UPDATE * UPDATES
+    others = [name for name in args.contestants if name != "ours" and "ours" in args.contestants]
+    result = {"command": f"python benchmarks/grpo.py {' '.join(sys.argv[1:])}".strip(), "machine": machine() | {"load average at the end": os.getloadavg()[0]},
+              "rounds": args.rounds, "images_per_s": {name: spread([images / r[name][0][0] for r in rounds]) for name in args.contestants},
+              **{kind: {f"ours / {name}": spread([r[name][0][clock] / r["ours"][0][clock] for r in rounds]) for name in others}
+                 for kind, clock in (("ratio", 0), ("cpu_ratio", 1))}}
+    print(json.dumps(result, indent=2), flush=True)
+    write_result(args.out, result)
+
+
+if __name__ == "__main__":
+    main()
