@@ -26,7 +26,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).parent))
 from train import machine
 
-from proxt2i.data.index import write_atomically
+from proxt2i.data.writing import write_atomically
 from proxt2i.data.portraits import make_portrait
 from proxt2i.diffusion import VPSchedule, guidance_scales, guided, make_plan, make_policy, score_plan
 from proxt2i.embedded import HELD_OUT_SEED
@@ -144,7 +144,7 @@ def main() -> None:
                 cell = out / "cells" / f"{kind}-{when}-{steps}-{args.prompts}-{args.diversity_prompts}.json"
                 if not cell.exists():
                     cell.parent.mkdir(parents=True, exist_ok=True)
-                    write_atomically(cell, json.dumps(measure(model, how, steps, args, judge, drawings)).encode())
+                    write_atomically(cell, json.dumps(measure(model, how, steps, args, judge, drawings)))
                 pair[when] = json.loads(cell.read_text())
                 rows.append({"kind": kind, "plan": how.plan, "steps": steps, "when": when, **pair[when], "error": error(pair[when]["right"])})
                 print(table(rows[-1:]).splitlines()[-1], flush=True)
@@ -153,7 +153,7 @@ def main() -> None:
     for row in rows:
         del row["right"]
     results = {"command": f"python benchmarks/grpo_quality.py {' '.join(sys.argv[1:])}".strip(), "machine": machine(), "prompts": args.prompts, "rows": rows}
-    write_atomically(out / "results.json", (json.dumps(results, indent=1) + "\n").encode())
+    write_atomically(out / "results.json", json.dumps(results, indent=1) + "\n")
     print(f"\n{table(rows)}-> {out}/results.json")
 
 
