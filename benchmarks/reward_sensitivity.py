@@ -49,7 +49,7 @@ def grpo(kind: str, args) -> Path:
     return folder
 
 
-def curve(folder: Path, every: int) -> list[dict]:
+def curve(folder: Path) -> list[dict]:
     """The guard's looks of a run: [{images, reward/NAME means, diversity/MEASURE, alarm}], the start first."""
     rows = {row["images"]: row for row in map(json.loads, (folder / "stats.jsonl").read_text().splitlines())}
     looks, before = [], None
@@ -115,7 +115,7 @@ def main() -> None:
         folder = grpo(kind, args)
         config = yaml.safe_load((folder / "config.yaml").read_text())
         results["min_diversity"] = config["guard"]["min_diversity"]
-        results["runs"][kind] = {"reward": RUNS[kind], "looks": curve(folder, config["guard"]["every"]), "alarms": alarms(folder)}
+        results["runs"][kind] = {"reward": RUNS[kind], "looks": curve(folder), "alarms": alarms(folder)}
     (args.out / "results.json").write_text(json.dumps(results, indent=1) + "\n")
     plot(results, args.out / "reward_sensitivity.png")
     for kind, run in results["runs"].items():
