@@ -15,7 +15,7 @@ SAVES = "import signal, sys, time; signal.signal(signal.SIGINT, lambda *_: None)
 
 def test_ctrl_c_waits_for_the_command_that_saves(tmp_path):
     started, saved = tmp_path / "started", tmp_path / "saved"
-    code = f"from proxt2i.embedded.demo import call; call('training', {[sys.executable, '-c', SAVES, str(started), str(saved)]!r}); print('went on')"
+    code = f"import signal; signal.signal(signal.SIGINT, signal.default_int_handler); from proxt2i.embedded.demo import call; call('training', {[sys.executable, '-c', SAVES, str(started), str(saved)]!r}); print('went on')"
     process = subprocess.Popen([sys.executable, "-c", code], start_new_session=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
                                env=os.environ | {"PYTHONPATH": str(ROOT)})
     deadline = time.monotonic() + 300
@@ -23,7 +23,7 @@ def test_ctrl_c_waits_for_the_command_that_saves(tmp_path):
         time.sleep(0.02)
     os.killpg(process.pid, signal.SIGINT)  # as a terminal does
     output = process.communicate(timeout=300)[0]
-    assert saved.exists() and process.returncode == 1
+    assert saved.exists() and process.returncode == 130
     assert "goes on from here" in output and "went on" not in output
 
 

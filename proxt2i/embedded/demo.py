@@ -49,7 +49,8 @@ def call(title: str, command: list[str]) -> None:
         except KeyboardInterrupt:
             interrupted = True
     if interrupted:
-        sys.exit("interrupted: the same command again goes on from here")
+        print("interrupted: the same command again goes on from here", file=sys.stderr)
+        sys.exit(process.returncode or 130)
     if process.returncode:
         sys.exit(process.returncode)
 
