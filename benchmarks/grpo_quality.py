@@ -122,6 +122,9 @@ def main() -> None:
     args = parser.parse_args()
     if args.diversity_prompts > args.prompts:
         parser.error("--diversity-prompts cannot exceed --prompts")
+    for kind in KINDS:
+        if getattr(args, kind) and not (getattr(args, kind) / "uvit").is_dir():
+            parser.error(f"--{kind} {getattr(args, kind)}: no model folder (one with uvit/ in it, like RUN/model)")
     out = args.out.resolve()
 
     models = {}

@@ -107,6 +107,8 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("benchmarks/out/reward_sensitivity"))
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="of both runs")
     args = parser.parse_args()
+    if args.model and not (args.model / "uvit").is_dir():
+        parser.error(f"--model {args.model}: no model folder (one with uvit/ in it, like RUN/model)")
     args.out = args.out.resolve()
     settings = yaml.safe_load((ROOT / "configs" / "grpo_portraits.yaml").read_text())
     results = {"command": f"python benchmarks/reward_sensitivity.py {' '.join(sys.argv[1:])}".strip(), "machine": machine(), "model": str(args.model or "shipped"),
