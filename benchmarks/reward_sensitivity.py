@@ -55,9 +55,9 @@ def curve(folder: Path) -> list[dict]:
     looks, before = [], None
     for images, row in sorted(rows.items()):
         seen = {key: value for key, value in row.items() if key.startswith(("eval/", "diversity/"))}
-        if seen != before:  # a row repeats the latest look until the next one
+        if seen and seen != before:  # a row repeats the latest look until the next one; the first after an interruption has none
             looks.append({"images": images if looks else 0, **seen, "kl": row["kl"], "alarms": row["alarms"]})
-        before = seen
+            before = seen
     if not looks:
         raise SystemExit(f"{folder}/stats.jsonl has no looks of the guard; remove the folder and run again")
     return looks
@@ -75,25 +75,24 @@ def plot(results: dict, path: Path) -> None:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    figure, axes = plt.subplots(1, 3, figsize=(12, 3.8), layout="constrained")
+    figure, axes = plt.subplots(1, 4, figsize=(15, 3.8), layout="constrained")
     for kind, color in (("collapsing", "tab:red"), ("alignment", "tab:blue")):
-        run = results["runs"][kind]
+        run, name = results["runs"][kind], RUNS[kind]["name"]
         looks, images = run["looks"], [look["images"] for look in run["looks"]]
-        trained = [look[f"eval/{RUNS[kind]['name']}"] for look in looks]
+        trained = [look[f"eval/{name}"] for look in looks]
         span = max(abs(value - trained[0]) for value in trained) or 1.0
-        axes[0].plot(images, [(value - trained[0]) / span for value in trained], "-o", color=color, markersize=3, label=f"{RUNS[kind]['name']}: {trained[0]:.2f} to {trained[-1]:.2f}")
-        axes[1].plot(images, [look["eval/portraits"] for look in looks], "-o", color=color, markersize=3, label=f"trained on {RUNS[kind]['name']}")
-        axes[2].plot(images, [look["diversity/pictures"] / looks[0]["diversity/pictures"] for look in looks], "-o", color=color, markersize=3, label=f"trained on {RUNS[kind]['name']}")
-        if run["alarms"]:
-            first = min(map(int, run["alarms"]))
-            for ax in axes:
-                ax.axvline(first, color=color, linestyle=":", linewidth=1.2, label="the guard's first alarm" if ax is axes[1] else None)
-    axes[2].axhline(results["min_diversity"], color="gray", linewidth=0.8, label="guard.min_diversity")
-    for ax, title in zip(axes, ("trained reward (share of its largest change)", "the judge: attributes right", "variance within prompts (1: the start)")):
+        lines = ([(value - trained[0]) / span for value in trained], [look["eval/portraits"] for look in looks], [look["eval/pickscore"] for look in looks],
+                 [look["diversity/pictures"] / looks[0]["diversity/pictures"] for look in looks])
+        for ax, line in zip(axes, lines):
+            ax.plot(images, line, "-o", color=color, markersize=3, label=f"{name}: {trained[0]:.2f} to {trained[-1]:.2f}" if ax is axes[0] else f"trained on {name}")
+            if run["alarms"]:
+                ax.axvline(min(map(int, run["alarms"])), color=color, linestyle=":", linewidth=1.2, label="the guard's first alarm")
+    axes[3].axhline(results["min_diversity"], color="gray", linewidth=0.8, label="guard.min_diversity")
+    for ax, title in zip(axes, ("trained reward (share of its largest change)", "panel: attributes right, by the judge", "panel: PickScore", "variance within prompts (1: the start)")):
         ax.set_title(title, fontsize=10)
         ax.set_xlabel("images")
         ax.grid(alpha=0.3)
-        ax.legend(fontsize=8)
+        ax.legend(fontsize=7)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=120)
     plt.close(figure)

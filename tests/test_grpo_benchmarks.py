@@ -37,8 +37,9 @@ def test_changes_are_paired():
 
 
 def test_the_curve_of_a_run_is_its_looks_and_the_start(tmp_path):
-    looks = [{"eval/jpeg_compressibility": -4.0, "eval/portraits": 0.9, "diversity/pictures": 0.02}, {"eval/jpeg_compressibility": -2.0, "eval/portraits": 0.6, "diversity/pictures": 0.004}]
+    looks = [{"eval/jpeg_compressibility": -4.0, "eval/portraits": 0.9, "eval/pickscore": 21.0, "diversity/pictures": 0.02}, {"eval/jpeg_compressibility": -2.0, "eval/portraits": 0.6, "eval/pickscore": 20.0, "diversity/pictures": 0.004}]
     rows = [{"images": images, "kl": 0.1 * i, "alarms": i // 2, **looks[i // 2]} for i, images in enumerate((64, 128, 192, 256))]
+    rows.insert(2, {"images": 160, "kl": 0.1, "alarms": 0})  # after an interruption, before the next look
     (tmp_path / "stats.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     (tmp_path / "log.txt").write_text("x\nALARM at 1,192 images: diversity of pictures is down to 20%; a rose while b fell; guard.alarm=warn\n")
     curve, alarms = reward_sensitivity.curve(tmp_path), reward_sensitivity.alarms(tmp_path)
