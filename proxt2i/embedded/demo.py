@@ -27,7 +27,7 @@ PROMPTS = [
     "a happy dark skinned gentleman with curly gray hair and a beanie on a pink background",
     "a fair woman with long brown hair and a brimmed hat on a white background",
 ]
-# how configs/grpo_portraits.yaml draws its rollouts, and so how the two models are compared
+# how configs/grpo_portraits.yaml draws its rollouts, and so how the two models are compared (each with its own memory: the tuned one has none)
 LIKE_ROLLOUTS = ["--steps", "4", "--guidance", "1.5", "--guidance-below", "0.35"]
 
 
