@@ -7,10 +7,12 @@ import threading
 import pytest
 import torch
 
-from proxt2i.data.portraits import draw_attributes, make_arrays, write_caption
+from proxt2i.data.portraits import ATTRIBUTES, draw_attributes, make_arrays, write_caption
+from proxt2i.data.prompts import load_prompts
 from proxt2i.images import save_png, to_pil, to_uint8
 from proxt2i.rewards import REWARDS, RewardError, RewardSettings, Scorer, combine, load_reward, read_settings, score, settings_of
 from proxt2i.rewards.__main__ import main
+from proxt2i.rewards.contrast import changed_captions
 from proxt2i.rewards.portraits import read_caption
 from proxt2i.rewards.preprocess import quantise
 
@@ -234,3 +236,25 @@ def test_list_says_what_is_missing(tmp_path, monkeypatch, capsys):
     lines = {line.split()[0]: line for line in capsys.readouterr().out.splitlines() if not line.startswith(" ")}
     assert lines.keys() == REWARDS.keys()
     assert f"found in {tmp_path}/imagereward" in lines["imagereward"] and "lacks config.json" in lines["clipscore"] and lines["portraits"].endswith("ready")
+
+
+def test_the_contrast_asks_whether_the_prompt_fits_better_than_its_negatives(portraits):
+    images, captions, metadata = portraits
+    pickscore, contrast = (load_reward(RewardSettings(name, path="portraits")) for name in ("pickscore", "pickscore_contrast"))
+    given = [captions[1], captions[2]]
+    scores = score([contrast], images[:1], captions[:1], [{"negatives": given}])["pickscore_contrast"]
+    each = torch.cat([score([pickscore], images[:1], [text])["pickscore"] for text in (captions[0], *given)])
+    torch.testing.assert_close(scores, each.log_softmax(0)[:1], atol=1e-4, rtol=0)
+    assert (score([contrast], images, captions, metadata)["pickscore_contrast"] > -0.7).float().mean() > 0.9  # drawings show what they say: above 1/2
+    wrong = [changed_captions(caption)[0] for caption in captions]
+    assert (score([contrast], images, wrong)["pickscore_contrast"] < -0.7).float().mean() > 0.9
+
+
+@pytest.mark.parametrize("complete", [True, False])
+def test_a_changed_caption_differs_in_one_attribute(complete):
+    prompts = load_prompts("portraits", 100, 3, complete)
+    for text, about in zip(prompts.texts, prompts.metadata):
+        stated = {name: about["attributes"][name] for name in about["stated"]}
+        read = [read_caption(changed)["attributes"] for changed in changed_captions(text)]
+        assert len(read) == sum(len(ATTRIBUTES[name]) - 1 for name in stated) == len({tuple(sorted(r.items())) for r in read})
+        assert all(r.keys() == stated.keys() and sum(r[name] != stated[name] for name in stated) == 1 for r in read)

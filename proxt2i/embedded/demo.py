@@ -2,15 +2,16 @@
 
     python -m proxt2i.embedded.demo [--run-dir runs/demo] [--grpo] [overrides of configs/demo.yaml, e.g. train.images=100000]
 
-Runs four commands that you could type yourself and prints each: training under the deepspeed launcher (one rank per
-GPU, or per core on a CPU), samples of a few prompts, the evaluation, and a page about it all. Interrupted, it goes on where it stopped;
-finished, it only samples and evaluates again; delete the run folder to start afresh. --grpo tunes the model on its reward besides
-(minutes more), and evaluates it before and after at 4 steps.
+Runs commands that you could type yourself and prints each: training under the deepspeed launcher (one rank per GPU, or per core on a
+CPU), samples of a few prompts, the evaluation, and a page about it all. --grpo tunes the model on its reward besides, into RUN_DIR-grpo
+(minutes more), and ends with pictures and the judge's figures before and after. Interrupted, it goes on where it stopped; finished, it
+only samples and evaluates again; delete the run folders to start afresh.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import shlex
 import subprocess
@@ -26,6 +27,8 @@ PROMPTS = [
     "a happy dark skinned gentleman with curly gray hair and a beanie on a pink background",
     "a fair woman with long brown hair and a brimmed hat on a white background",
 ]
+# how configs/grpo_portraits.yaml draws its rollouts, and so how the two models are compared (each with its own memory: the tuned one has none)
+LIKE_ROLLOUTS = ["--steps", "4", "--guidance", "1.5", "--guidance-below", "0.35"]
 
 
 def ranks() -> list[str]:
@@ -36,45 +39,76 @@ def ranks() -> list[str]:
 
 
 def call(title: str, command: list[str]) -> None:
+    """Run a command to its end; SystemExit with its status where that is not 0. Ctrl-C reaches the command too, which saves: it is waited for."""
     print(f"\n=== {title}\n$ {shlex.join(command)}", flush=True)
     environment = os.environ | {"PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"}
-    code = subprocess.run(command, cwd=ROOT, env=environment).returncode
-    if code:
-        sys.exit(code)
+    process, interrupted = subprocess.Popen(command, cwd=ROOT, env=environment), False
+    while process.returncode is None:
+        try:
+            process.wait()
+        except KeyboardInterrupt:
+            interrupted = True
+    if interrupted:
+        print("interrupted: the same command again goes on from here", file=sys.stderr)
+        sys.exit(process.returncode or 130)
+    if process.returncode:
+        sys.exit(process.returncode)
 
 
-def tune(run_dir: Path) -> None:
-    """GRPO on the model of `run_dir`, and both models measured as the tuned one is sampled."""
-    tuned = run_dir.with_name(f"{run_dir.name}-grpo")
-    call("GRPO on its PickScore", ["deepspeed", *ranks(), "proxt2i/grpo.py", "--deepspeed", "configs/zero2.json", "--config", "configs/grpo_portraits.yaml",
-                                   "--resume", f"model.init_from={run_dir / 'model'}", f"train.run_dir={tuned}"])
-    for title, folder in (("before", run_dir), ("after", tuned)):
-        call(f"evaluation by the judge, {title} GRPO", [sys.executable, "-m", "proxt2i.evaluate", "--model", str(folder / "model"), "--steps", "4", "--guidance", "1.5",
-             "--guidance-below", "0.35", "--num-prompts", "512", "--out", str(folder / "evaluation-grpo")])
+def sample(model: Path, out: Path, title: str) -> None:
+    call(title, [sys.executable, "-m", "proxt2i.sample", *PROMPTS, "--model", str(model), *LIKE_ROLLOUTS, "--num-images", "6", "--out", str(out)])
+
+
+def evaluate(model: Path, out: Path, title: str) -> None:
+    call(title, [sys.executable, "-m", "proxt2i.evaluate", "--model", str(model), *LIKE_ROLLOUTS, "--num-prompts", "512", "--out", str(out)])
+
+
+def tune(run_dir: Path, tuned: Path) -> None:
+    call("GRPO: rewarded for what the prompt says", ["deepspeed", *ranks(), "proxt2i/grpo.py", "--deepspeed", "configs/zero2.json", "--config", "configs/grpo_portraits.yaml",
+                                                     "--resume", f"model.init_from={run_dir / 'model'}", f"train.run_dir={tuned}"])
+
+
+def comparison(folders: dict[str, Path]) -> str:
+    """The judge's figures of the folders' evaluations, {title: run folder}, as a table."""
+    lines = [f"{'':<14}{'attributes right':>17}{'all eight right':>17}{'FD':>8}{'diversity':>11}"]
+    for title, folder in folders.items():
+        results = json.loads((ROOT / folder / "evaluation-grpo" / "results.json").read_text())
+        row, n = results["rows"][-1], results["num_prompts"]
+        error = (row["all_right"] * (1 - row["all_right"]) / n) ** 0.5
+        lines.append(f"{title:<14}{row['accuracy']:>17.3f}{row['all_right']:>9.3f} +- {error:.3f}{row['frechet_distance']:>8.2f}{row['diversity']:>11.2f}")
+    return "\n".join(lines)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser("python -m proxt2i.embedded.demo", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--run-dir", type=Path, default=Path("runs/demo"))
-    parser.add_argument("--grpo", action="store_true", help="tune the model on the PickScore of portraits after pretraining, into RUN_DIR-grpo")
+    parser.add_argument("--grpo", action=argparse.BooleanOptionalAction, default=False,
+                        help="tune the model with GRPO after pretraining, into RUN_DIR-grpo")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value")
     args = parser.parse_args()
 
     start = time.time()
-    run_dir = args.run_dir
+    run_dir, tuned = args.run_dir, args.run_dir.with_name(f"{args.run_dir.name}-grpo")
     train = ["deepspeed", *ranks(), "proxt2i/train.py", "--deepspeed", "configs/zero2.json", "--config", "configs/demo.yaml", "--resume"]
     call("pretraining on portraits", [*train, f"train.run_dir={run_dir}", *args.overrides])
-    model = str(run_dir / "model")
-    call("samples", [sys.executable, "-m", "proxt2i.sample", *PROMPTS, "--model", model, "--num-images", "6", "--out", str(run_dir / "pictures")])
-    call("evaluation by the judge", [sys.executable, "-m", "proxt2i.evaluate", "--model", model, "--steps", "4,8", "--num-prompts", "512", "--out", str(run_dir / "evaluation")])
     if args.grpo:
-        tune(run_dir)
+        tune(run_dir, tuned)
+    model = run_dir / "model"
+    call("samples", [sys.executable, "-m", "proxt2i.sample", *PROMPTS, "--model", str(model), "--num-images", "6", "--out", str(run_dir / "pictures")])
+    call("evaluation by the judge", [sys.executable, "-m", "proxt2i.evaluate", "--model", str(model), "--steps", "4,8", "--num-prompts", "512", "--out", str(run_dir / "evaluation")])
+    if args.grpo:
+        for title, folder in (("before", run_dir), ("after", tuned)):
+            sample(folder / "model", folder / "pictures-grpo", f"samples {title} GRPO")
+            evaluate(folder / "model", folder / "evaluation-grpo", f"evaluation by the judge, {title} GRPO")
+        call("report on GRPO", [sys.executable, "-m", "proxt2i.report", str(tuned)])
     call("report", [sys.executable, "-m", "proxt2i.report", str(run_dir)])
-    print(
-        f"\nDone in {(time.time() - start) / 60:.1f} min. Look at\n  {ROOT / run_dir / 'pictures' / 'grid.png'}   what the prompts above became\n"
-        f"  {ROOT / run_dir / 'report.html'}   settings, curves, pictures during training, evaluation: one page for the browser\n"
-        f'and try: {Path(sys.executable).parent / "python"} -m proxt2i.sample "a surprised man with curly red hair" --model {model}'
-    )  # fmt: skip
+    print(f"\nDone in {(time.time() - start) / 60:.1f} min. Look at\n  {ROOT / run_dir / 'pictures' / 'grid.png'}   what the prompts above became\n"
+          f"  {ROOT / run_dir / 'report.html'}   settings, curves, pictures during training, evaluation: one page for the browser")
+    if args.grpo:
+        print(f"\nGRPO, by the judge (which took no part in it), 4 steps:\n{comparison({'before GRPO': run_dir, 'after GRPO': tuned})}\n"
+              f"  {ROOT / run_dir / 'pictures-grpo' / 'grid.png'}   before\n  {ROOT / tuned / 'pictures-grpo' / 'grid.png'}   after, the same prompts and noise\n"
+              f"  {ROOT / tuned / 'report.html'}   rewards, panel and diversity during GRPO")
+    print(f'\nand try: {Path(sys.executable).parent / "python"} -m proxt2i.sample "a surprised man with curly red hair" --model {tuned / "model" if args.grpo else model}')
 
 
 if __name__ == "__main__":

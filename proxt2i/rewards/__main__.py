@@ -45,9 +45,10 @@ def list_rewards() -> None:
         if source is None:
             state = "needs a worker's URL" if name == "http" else "ready"
         else:
-            missing = source.missing(default_folder(name), tokenizer=True)
-            state = f"found in {default_folder(name)}" if not missing else f"not found: {default_folder(name)} lacks {', '.join(missing)}"
-            state += "; with path=portraits: ready" if name == "pickscore" else ""
+            folder = default_folder(getattr(module, "SHARED", name))
+            missing = source.missing(folder, tokenizer=True)
+            state = f"found in {folder}" if not missing else f"not found: {folder} lacks {', '.join(missing)}"
+            state += "; with path=portraits: ready" if name.startswith("pickscore") else ""
         print(f"{name:<23}{state}\n{'':<23}{module.__doc__.splitlines()[0]}")
 
 

@@ -19,6 +19,7 @@ from torch import Tensor
 # name -> module of this package whose `load(settings, device)` makes the reward; imported when it is asked for
 REWARDS = {
     "pickscore": "pickscore",
+    "pickscore_contrast": "contrast",
     "hpsv2": "hpsv2",
     "imagereward": "imagereward",
     "aesthetic": "aesthetic",
@@ -30,7 +31,6 @@ REWARDS = {
 }
 DIFFERENTIABLE = ("pickscore", "hpsv2", "imagereward", "aesthetic", "clipscore", "portraits")  # those with a method `differentiable`
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-STD_FLOOR = 1e-4  # of `combine`, in a reward's own units
 
 
 @dataclass
@@ -43,6 +43,7 @@ class RewardSettings:
     path: Optional[str] = None  # folder of weights or hub id; null: the folder named after the reward (docs/rewards.md)
     revision: Optional[str] = None  # commit of a hub id, 40 hexadecimal digits
     tokenizer: Optional[str] = None  # folder, or hub id@commit, of the tokenizer; null: in the folder of weights
+    std_floor: float = 1e-4  # a group's advantages are divided by its standard deviation, or by this (the reward's own units) if larger
     batch_size: int = 32  # images scored together
     dtype: str = "fp32"  # of the weights and the arithmetic: fp32, bf16 or fp16
     device: Optional[str] = None  # null: that of the caller
@@ -84,6 +85,8 @@ def check_settings(settings: Sequence[RewardSettings], source: str = "rewards") 
             raise ValueError(f"{source}[{i}]: unknown reward {s.name!r}; {_nearest(s.name, REWARDS)}")
         if s.batch_size < 1:
             raise ValueError(f"{where}: batch_size must be at least 1, got {s.batch_size}")
+        if not s.std_floor > 0:
+            raise ValueError(f"{where}: std_floor must be positive, got {s.std_floor}")
         if not s.timeout_s > 0:
             raise ValueError(f"{where}: timeout_s must be positive, got {s.timeout_s}")
         if s.dtype not in DTYPES:
@@ -210,7 +213,7 @@ def score_differentiably(reward: Reward, images: Tensor, prompts: list[str], met
 
 
 def combine(scores: dict[str, Tensor], settings: Sequence[RewardSettings], group: Tensor) -> Tensor:
-    """Weighted sum of rewards that are normalised within their groups: sum_r w_r (r - mean_g r) / max(std_g r, 1e-4), float32 [B].
+    """Weighted sum of rewards that are normalised within their groups: sum_r w_r (r - mean_g r) / max(std_g r, std_floor_r), float32 [B].
 
     group: int64 [B], the same number for pictures of the same prompt (of all ranks, where ranks share a group). mean_g and std_g (population
     standard deviation) are those of the picture's own group, so units and scales of the rewards do not matter, only their weights. The floor
@@ -228,7 +231,7 @@ def combine(scores: dict[str, Tensor], settings: Sequence[RewardSettings], group
             raise ValueError(f"{s.key}: {len(r)} scores for {len(group)} group numbers")
         centred = r - (torch.zeros(len(members), dtype=torch.float64).index_add_(0, index, r) / counts)[index]
         std = (torch.zeros(len(members), dtype=torch.float64).index_add_(0, index, centred.square()) / counts).sqrt()
-        total += s.weight * centred / std.clamp_min(STD_FLOOR)[index]
+        total += s.weight * centred / std.clamp_min(s.std_floor)[index]
     return total.float()
 
 

@@ -1,0 +1,74 @@
+"""Does PickScore's CLIP prefer the prompt to prompts that say something else? The log-probability of the prompt among itself and its negatives.
+
+With s(p) = exp(logit scale) * cosine of the picture and prompt p, PickScore's own score,
+
+    reward = log( e^s(prompt) / (e^s(prompt) + sum over negatives e^s(negative)) )            at most 0
+
+so what moves s of all of them alike (the picture's style, pose, shades) cancels, and a picture that is right beyond doubt has nothing left to
+gain: what remains is what the words say. Ours; the softmax over texts is CLIP's.
+Negatives: metadata {"negatives": [prompts]}; without them the prompt is read as a portrait's caption, and every stated attribute is changed
+to each of its other values.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from ..data.portraits import ATTRIBUTES, WORDS
+from .base import RewardSettings
+from .clip import embed_images, embed_prompts
+from .pickscore import SOURCE, PickScore, load as load_pickscore
+from .portraits import read_caption
+from .preprocess import clip_pixels
+
+SHARED = "pickscore"  # the reward whose weights these are
+
+
+class PickScoreContrast:
+    """metadata: {"negatives": [prompts]} of each image, or None for captions of portraits."""
+
+    def __init__(self, pickscore: PickScore):
+        self.of = pickscore
+
+    @torch.inference_mode()
+    def __call__(self, images: Tensor, prompts: list[str], metadata: list[dict | None] | None = None) -> Tensor:
+        clip = self.of.clip
+        pictures = embed_images(clip, clip_pixels(images, clip.config.vision_config.image_size, self.of.mean, self.of.std, floor=True))
+        choices = {}
+        for prompt, about in zip(prompts, metadata or [None] * len(prompts), strict=True):
+            if prompt not in choices:
+                choices[prompt] = (prompt, *((about or {}).get("negatives") or changed_captions(prompt)))
+        flat = [text for texts in choices.values() for text in texts]
+        texts = dict(zip(choices, embed_prompts(clip, self.of.tokenizer, flat).split([len(t) for t in choices.values()])))
+        scores = [clip.logit_scale.float().exp() * (texts[prompt] @ picture) for prompt, picture in zip(prompts, pictures)]
+        return torch.stack([s.log_softmax(0)[0] for s in scores]).cpu()
+
+
+def load(settings: RewardSettings, device: torch.device) -> PickScoreContrast:
+    return PickScoreContrast(load_pickscore(replace(settings, name=SHARED), device))
+
+
+def changed_captions(caption: str) -> list[str]:
+    """The caption of a portrait with one stated attribute changed, for every attribute that it states and each other value of it.
+    ValueError if it states none."""
+    stated = read_caption(caption)["attributes"]
+    return [_changed(caption, name, value, other) for name, value in stated.items() for other in ATTRIBUTES[name] if other != value]
+
+
+def _changed(caption: str, name: str, value: str, other: str) -> str:
+    if name == "hair_style":
+        plain = caption.replace(" in a bun", "") if value == "bun" else re.sub(rf"\b{value} ", "", caption, count=1)
+        color = "|".join(word for words in WORDS["hair_color"].values() for word in words)
+        hair = re.compile(rf"(?:(?:{color}) )?hair\b")
+        return hair.sub(lambda m: f"{m[0]} in a bun" if other == "bun" else f"{other} {m[0]}", plain, count=1)
+    said = "|".join(sorted(map(re.escape, WORDS[name][value]), key=len, reverse=True))
+    text = re.sub(rf"\b(?:{said})\b", WORDS[name][other][0], caption, count=1)
+    return re.sub(r"^((?:portrait of |photo of )?)an? (.)", _article, text)
+
+
+def _article(match: re.Match) -> str:
+    return f"{match[1]}a{'n' if match[2] in 'aeiou' else ''} {match[2]}"
