@@ -104,7 +104,7 @@ def measure_exact(steps: list[int], count: int, flow: bool) -> dict[str, list[fl
 def measure_portraits(steps: list[int], folder: Path, count: int) -> dict[str, list[float]]:
     from proxt2i.diffusion import VPSchedule
     from proxt2i.embedded.judge import Judge, frechet_distance
-    from proxt2i.evaluate import held_out, through_codec
+    from proxt2i.evaluation.portraits import held_out, through_codec
     from proxt2i.images import to_uint8
     from proxt2i.models import load_bundle
     from proxt2i.ops import philox_normal

@@ -7,7 +7,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from proxt2i.evaluate import drawings_of, held_out, through_codec
+from proxt2i.evaluation.portraits import drawings_of, held_out, through_codec
 
 
 @dataclass

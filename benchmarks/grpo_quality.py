@@ -31,7 +31,7 @@ from proxt2i.data.portraits import make_portrait
 from proxt2i.diffusion import VPSchedule, guidance_scales, guided, make_plan, make_policy, score_plan
 from proxt2i.embedded import HELD_OUT_SEED
 from proxt2i.embedded.judge import Judge, diversity, frechet_distance, right_attributes
-from proxt2i.evaluate import drawings_of, drawings_of_others
+from proxt2i.evaluation.portraits import drawings_of, drawings_of_others
 from proxt2i.grpo_config import load_config
 from proxt2i.images import to_uint8
 from proxt2i.models.bundle import load_bundle
@@ -69,8 +69,7 @@ def draw(bundle, how, steps: int, captions: list[str], seeds: torch.Tensor) -> t
     shape = (bundle.uvit.config.in_channels, *[bundle.uvit.config.sample_size] * 2)
     pictures, null_text = [], bundle.text([""])
     for rows in torch.arange(len(captions)).split(64):
-        for _, _, x0 in policy.states(guided(bundle.uvit, bundle.text([captions[i] for i in rows.tolist()]), null_text), shape, seeds[rows]):
-            pass
+        *_, (*_, x0) = policy.states(guided(bundle.uvit, bundle.text([captions[i] for i in rows.tolist()]), null_text), shape, seeds[rows])
         pictures.append(to_uint8(bundle.codec.decode(x0)).cpu())
     return torch.cat(pictures)
 

@@ -31,7 +31,6 @@ HERE = Path(__file__).resolve().parent
 # Started as a script (deepspeed proxt2i/evaluate.py), python puts this folder first on the path: our modules would shadow top-level packages.
 sys.path[:] = [entry for entry in sys.path if Path(entry or ".").resolve() != HERE]
 
-from proxt2i.evaluation.portraits import drawings_of, held_out, through_codec  # noqa: E402, F401 (benchmarks/)
 from proxt2i.rewards.base import RewardError, add_arguments  # noqa: E402
 from proxt2i.sample import size  # noqa: E402
 from proxt2i.training.slurm import adopt_slurm_ranks  # noqa: E402

@@ -95,7 +95,8 @@ def main() -> None:
         tune(run_dir, tuned)
     model = run_dir / "model"
     call("samples", [sys.executable, "-m", "proxt2i.sample", *PROMPTS, "--model", str(model), "--num-images", "6", "--out", str(run_dir / "pictures")])
-    call("evaluation by the judge", [sys.executable, "-m", "proxt2i.evaluate", "--model", str(model), "--steps", "4,8", "--num-prompts", "512", "--out", str(run_dir / "evaluation")])
+    call("evaluation by the judge", [sys.executable, "-m", "proxt2i.evaluate", "--model", str(model), "--steps", "4,8", "--num-prompts", "512",
+                                    "--out", str(run_dir / "evaluation")])
     if args.grpo:
         for title, folder in (("before", run_dir), ("after", tuned)):
             sample(folder / "model", folder / "pictures-grpo", f"samples {title} GRPO")

@@ -21,7 +21,8 @@ from torch import Tensor
 from ..data.portraits import ATTRIBUTES, WORDS
 from .base import RewardSettings
 from .clip import embed_images, embed_prompts
-from .pickscore import SOURCE, PickScore, load as load_pickscore
+from .pickscore import PickScore
+from .pickscore import load as load_pickscore
 from .portraits import read_caption
 from .preprocess import clip_pixels
 
