@@ -54,7 +54,7 @@ __device__ __forceinline__ void take_step(const StepArgs<T, E>& out, const StepR
 
 // The image's coefficients are converted once a block, while the first inputs are on their way.
 template <bool aligned, typename T, typename E>
-__global__ void __launch_bounds__(element_threads, sizeof(T) == 4 ? 5 : 2) step_kernel(const StepArgs<T, E> args) {
+__global__ void __launch_bounds__(element_threads, sizeof(T) == 8 ? 2 : aligned ? 5 : 4) step_kernel(const StepArgs<T, E> args) {
   __shared__ StepRow<T> row;
   const int64_t num_blocks = (args.per_image + 3) / 4, stride = static_cast<int64_t>(gridDim.x) * blockDim.x;
   const int64_t start = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x;
