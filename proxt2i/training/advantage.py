@@ -8,7 +8,6 @@ import torch
 from torch import Tensor
 
 from proxt2i.rewards import RewardSettings, combine
-from proxt2i.rewards.base import STD_FLOOR
 
 
 def advantages(scores: dict[str, Tensor], settings: Sequence[RewardSettings], group_size: int, clip: float) -> tuple[Tensor, int]:
@@ -31,7 +30,7 @@ def reward_scales(scores: dict[str, Tensor], settings: Sequence[RewardSettings],
     One number for all groups: a group whose images hardly differ would else count without bound. Of a reward that tells no images apart it is 0.
     """
     within = {s.key: scores[s.key].double().cpu().reshape(-1, group_size).var(1, correction=0).mean().sqrt().item() for s in settings if s.weight}
-    return {s.key: s.weight / max(within[s.key], STD_FLOOR) if within[s.key] else 0.0 for s in settings if s.weight}
+    return {s.key: s.weight / max(within[s.key], s.std_floor) if within[s.key] else 0.0 for s in settings if s.weight}
 
 
 def surrogate(log_ratio: Tensor, advantage: Tensor, clip: float, elements: int) -> tuple[Tensor, Tensor]:
