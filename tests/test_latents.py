@@ -5,12 +5,10 @@ import os
 import shutil
 import signal
 import threading
-import time
 
 import numpy as np
 import pytest
 import torch
-from PIL import Image
 from runs import COLORS, BareRanks, assert_same_checkpoint, overrides, resumed_at, wait_for
 from torch import nn
 
@@ -309,18 +307,3 @@ def test_two_ranks_train_from_bucketed_latents_and_resume_bit_equal(encode, sett
     assert "49 latents (fp16, mirrored ones too) in 3 shards, with embeddings of text_encoder; 1 bad samples were left out" in unbroken.output
     assert "3 sizes: 16x32 (" in unbroken.output
     assert_same_checkpoint(straight / "checkpoints" / "step-000000256", broken / "checkpoints" / "step-000000256")
-
-
-def test_a_cached_batch_costs_next_to_nothing(tmp_path, parts, components):
-    image = Image.new("RGB", (32, 32))
-    write_samples(tmp_path / "shards", [{"key": str(i), "image": image, "caption": "a red square"} for i in range(128)])
-    dataset, (text, codec) = ShardDataset(index_shards(tmp_path / "shards"), 32), parts
-    about = describe_latents(dataset, 32, codec, component_digests(components, ["text_encoder"]), text=text, names=["text_encoder"])
-    encode_shards(dataset, tmp_path / "cache", about, codec, text)
-    with BatchLoader(LatentDataset(tmp_path / "cache", in_memory=True), 64) as loader:
-        times = []
-        for _ in range(100):
-            start = time.perf_counter()
-            next(loader)
-            times.append(time.perf_counter() - start)
-    assert np.median(times) < 4e-3                            # 40 us a sample, at most
