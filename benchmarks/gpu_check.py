@@ -25,8 +25,8 @@ from gpu_report import FAIL, PASS, RUN_AGAIN, SKIPPED, entry, read_json, status_
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS, WORK = ROOT / "benchmarks" / "results", ROOT / "build" / "gpu-check"
 STAGES = {  # name: (seconds for the stage, seconds for one check of it); what matters most comes first
-    "build": (600, 600), "checks": (240, 60), "prox_step": (60, 30), "attention": (180, 60), "ops": (180, 90), "large_sample": (150, 120), "large_model": (260, 250), "pytest": (300, 300),
-    "sanitizer": (320, 160), "trainer": (480, 420),
+    "build": (600, 600), "checks": (240, 60), "prox_step": (60, 30), "attention": (180, 60), "ops": (180, 90),
+    "large_sample": (150, 120), "large_model": (260, 250), "pytest": (300, 300), "sanitizer": (320, 160), "trainer": (480, 420),
 }
 
 

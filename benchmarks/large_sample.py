@@ -9,15 +9,13 @@ overhead: 1 - (time of the network calls alone) / (time of all), both behind CUD
 """
 
 import argparse
-import statistics
 import sys
-import time
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch  # noqa: E402
-from timing import write_result  # noqa: E402
+from timing import medians, write_result  # noqa: E402
 
 from proxt2i.diffusion import CudaGraphs, guidance_scales, guided, make_plan, trajectory  # noqa: E402
 from proxt2i.models.uvit import build_uvit  # noqa: E402
@@ -28,18 +26,7 @@ SD35_MEDIUM = dict(sample_size=128, patch_size=2, in_channels=16, num_layers=24,
 
 
 def seconds(function, device: str, repeats: int) -> float:
-    """Median time of a call, after one to warm up."""
-    times = []
-    for repeat in range(-1, repeats):
-        if device == "cuda":
-            torch.cuda.synchronize()
-        start = time.perf_counter()
-        function()
-        if device == "cuda":
-            torch.cuda.synchronize()
-        if repeat >= 0:
-            times.append(time.perf_counter() - start)
-    return statistics.median(times)
+    return medians({"": function}, device, repeats, warmup=1)[""]
 
 
 @torch.no_grad()

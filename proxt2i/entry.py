@@ -43,6 +43,14 @@ def rank() -> int:
     return int(os.environ.get("RANK", "0"))
 
 
+def ranks() -> tuple[int, int, int]:
+    """(rank, number of ranks, rank on this machine) of the environment that torchrun, deepspeed and launchers leave. ValueError for nonsense."""
+    rank, world, local = (int(os.environ.get(name, default)) for name, default in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
+    if not 0 <= rank < world:
+        raise ValueError(f"RANK={rank}, WORLD_SIZE={world}: out of range")
+    return rank, world, local
+
+
 def world_size(given: argparse.Namespace) -> int:
     """Number of ranks: as started, or as asked for a dry run."""
     if given.world_size is None:

@@ -31,6 +31,7 @@ HERE = Path(__file__).resolve().parent
 # Started as a script (deepspeed proxt2i/evaluate.py), python puts this folder first on the path: our modules would shadow top-level packages.
 sys.path[:] = [entry for entry in sys.path if Path(entry or ".").resolve() != HERE]
 
+from proxt2i.entry import ranks  # noqa: E402
 from proxt2i.rewards.base import RewardError, add_arguments  # noqa: E402
 from proxt2i.sample import size  # noqa: E402
 from proxt2i.training.slurm import adopt_slurm_ranks  # noqa: E402
@@ -91,14 +92,6 @@ def main(argv: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("\nstopped; the same command goes on from what is finished" if args.prompts else "\nstopped", file=sys.stderr)
         return 130
-
-
-def ranks() -> tuple[int, int, int]:
-    """(rank, number of ranks, rank on this machine), of the environment that torchrun, deepspeed and srun leave. ValueError for nonsense."""
-    rank, world, local = (int(os.environ.get(name, default)) for name, default in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
-    if not 0 <= rank < world:
-        raise ValueError(f"RANK={rank}, WORLD_SIZE={world}: out of range")
-    return rank, world, local
 
 
 def run_portraits(args: argparse.Namespace) -> None:

@@ -77,7 +77,10 @@ def trajectories(
     device: torch.device | str | None = None,
     want_x: bool = True,
 ) -> Iterator[Iterator[tuple[int, Tensor, Tensor | None]]]:
-    """`sample_latents`, step by step: of every batch the iterator of `diffusion.trajectory`, to be walked without gradients."""
+    """Step by step: of every batch of up to `batch_size` pictures the iterator of `diffusion.trajectory`, to be walked without gradients.
+
+    device: of the state (default: the U-ViT's).  want_x: see `diffusion.trajectory`.  All else: see `generate`, whose errors it raises.
+    """
     if len(prompts) != len(seeds):
         raise ValueError(f"{len(prompts)} prompts but {len(seeds)} seeds: give one seed per picture")
     steps = plan_of(bundle.settings, num_steps, plan)
@@ -106,25 +109,16 @@ def sample_latents(
     prompts: Sequence[str],
     seeds: Sequence[int],
     *,
-    negative_prompts: Sequence[str] | None = None,
-    num_steps: int | None = None,
-    guidance_scale: float | None = None,
-    plan: str | None = None,
-    guidance_below: float | None = None,
-    size: tuple[int, int] | None = None,
-    batch_size: int = 64,
-    device: torch.device | str | None = None,
     callback: Callable[[int, Tensor, Tensor], bool | None] | None = None,
     after_step: Callable[[], object] = lambda: None,
+    **choices,
 ) -> Iterator[Tensor]:
-    """The latents of one picture per (prompt, seed), batch after batch: float32 [up to batch_size, C, h, w] on `device`.
+    """The latents of one picture per (prompt, seed), batch after batch: float32 [up to batch_size, C, h, w].
 
-    negative_prompts: what guidance leads away from, one a picture; None: the empty caption.  device: default the U-ViT's.
     callback(i, y, x) after step i of a batch: see `diffusion.sample`; the batch ends with this x when it returns False.
-    after_step: called after every step.  All else: see `generate`, whose errors it raises.
+    after_step: called after every step.  choices: those of `trajectories`, whose errors it raises.
     """
-    for steps in trajectories(bundle, prompts, seeds, negative_prompts=negative_prompts, num_steps=num_steps, guidance_scale=guidance_scale, plan=plan,
-                              guidance_below=guidance_below, size=size, batch_size=batch_size, device=device, want_x=callback is not None):
+    for steps in trajectories(bundle, prompts, seeds, want_x=callback is not None, **choices):
         for i, y, x in steps:
             after_step()
             if callback is not None and callback(i, y, x) is False:

@@ -236,7 +236,10 @@ class Visitor:
 
     def message(self):
         """What it says, and the commands in it."""
-        return self.all("#message")[0].text, [command.text for command in self.all("#message code")]
+        return self.attempt(lambda: (self.all("#message")[0].text, [command.text for command in self.all("#message code")]))
+
+    def values(self, selector, attribute="value"):
+        return self.attempt(lambda: [element.get_attribute(attribute) for element in self.all(selector)])
 
     def draw(self, commands):
         """Clicks, waits until the message shows so many commands, and returns them and the addresses of the pictures, side by side."""
@@ -246,7 +249,7 @@ class Visitor:
             if len(shown) == commands and "Drawing" not in text:
                 break
         for _ in until():
-            pictures = [[image.get_attribute("src") for image in self.all(f"#pictures-{side} img")] for side in ("left", "right")[:commands]]
+            pictures = [self.values(f"#pictures-{side} img", "src") for side in ("left", "right")[:commands]]
             if all(pictures):
                 return shown, pictures
 
@@ -264,7 +267,7 @@ def test_a_visitor_draws_compares_and_errs(browser, address, tmp_path):
     visitor = Visitor(browser)
     browser.get(address)
     for _ in until():
-        if any(field.get_attribute("value") == demo.PROMPTS[0] for field in visitor.all("#prompt textarea")):
+        if demo.PROMPTS[0] in visitor.values("#prompt textarea"):
             break
     browser.execute_script(WATCH)
 
@@ -278,7 +281,7 @@ def test_a_visitor_draws_compares_and_errs(browser, address, tmp_path):
     assert Image.open(files[1]).text["prompt"] == PROMPT and Image.open(files[1]).text["seed"] == "8"
     seen = browser.execute_script("return window.seen")
     assert seen[-1] == "8" and len(set(seen) & {str(i) for i in range(1, 8)}) >= 3, seen  # it came while it was drawn
-    assert len({image.get_attribute("src") for image in visitor.all("#strip-left img")}) == 8
+    assert len(set(visitor.values("#strip-left img", "src"))) == 8
 
     visitor.click("#compare input")
     visitor.type("#steps-right input", "5")
@@ -289,7 +292,7 @@ def test_a_visitor_draws_compares_and_errs(browser, address, tmp_path):
 
     visitor.click("#dice")
     for _ in until():
-        if visitor.all("#seed textarea, #seed input")[0].get_attribute("value") != "7":
+        if visitor.values("#seed textarea, #seed input")[0] != "7":
             break
     wrong = [("#steps-right input", "0", "Steps: must be a whole number from 1 to 100, not 0"), ("#count input", "5", "Number of images: must be a whole number from 1 to 4"),
              ("#prompt textarea", " ", "The prompt is empty: describe a picture.")]  # fmt: skip

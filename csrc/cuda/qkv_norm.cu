@@ -48,6 +48,17 @@ __device__ __forceinline__ void for_heads(const NormArgs<T>& args, const Group<D
   }
 }
 
+// Of q and of k, those of the lane's elements.
+template <typename T, int D>
+__device__ __forceinline__ void load_weights(const NormArgs<T>& args, const Group<D>& group, float (&weights)[2][8]) {
+  if (!group.works()) return;
+#pragma unroll
+  for (int i = 0; i < 8; ++i) {
+    weights[0][i] = args.q_weight[group.column + i];
+    weights[1][i] = args.k_weight[group.column + i];
+  }
+}
+
 template <int D>
 __device__ __forceinline__ float norm_factor(const float (&x)[8], float eps) {
   float squares = 0;
@@ -60,13 +71,7 @@ template <typename T, int D>
 __global__ void __launch_bounds__(norm_threads) qkv_norm_kernel(const NormArgs<T> args) {
   const Group<D> group;
   float weights[2][8] = {};
-  if (group.works()) {
-#pragma unroll
-    for (int i = 0; i < 8; ++i) {
-      weights[0][i] = args.q_weight[group.column + i];
-      weights[1][i] = args.k_weight[group.column + i];
-    }
-  }
+  load_weights(args, group, weights);
   for_heads<D>(args, group, [&](int64_t place, int part, int64_t target, bool valid) {
     float x[8] = {};
     if (valid) load8(x, args.qkv + place);
@@ -86,13 +91,7 @@ __global__ void __launch_bounds__(norm_threads) qkv_norm_backward_kernel(const N
   __shared__ float sums[Group<D>::per_block][D];
   const Group<D> group;
   float weights[2][8] = {}, of_weights[2][8] = {};
-  if (group.works()) {
-#pragma unroll
-    for (int i = 0; i < 8; ++i) {
-      weights[0][i] = args.q_weight[group.column + i];
-      weights[1][i] = args.k_weight[group.column + i];
-    }
-  }
+  load_weights(args, group, weights);
   for_heads<D>(args, group, [&](int64_t place, int part, int64_t source, bool valid) {
     float x[8] = {}, grad[8] = {}, h[8], product = 0;
     if (valid) {

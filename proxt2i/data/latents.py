@@ -306,14 +306,15 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _run(given: argparse.Namespace) -> None:
-    from proxt2i.models.bundle import EMBEDDED  # a command is at the end of the data's way
+    from proxt2i.entry import ranks  # a command is at the end of the data's way
+    from proxt2i.models.bundle import EMBEDDED
     from proxt2i.models.files import component_digests, require_folder
     from proxt2i.models.text import TextEncoder, encoder_names
     from proxt2i.models.vae import load_codec
 
-    rank, world, local = (int(os.environ.get(name, default)) for name, default in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
-    if not 0 <= rank < world or min(given.batch_size, given.image_size) < 1 or given.workers < 0:
-        raise ValueError(f"RANK={rank}, WORLD_SIZE={world}, --batch-size {given.batch_size}, --image-size {given.image_size}, --workers {given.workers}: out of range")
+    rank, world, local = ranks()
+    if min(given.batch_size, given.image_size) < 1 or given.workers < 0:
+        raise ValueError(f"--batch-size {given.batch_size}, --image-size {given.image_size}, --workers {given.workers}: out of range")
     components = require_folder(given.components or EMBEDDED)
     device = torch.device(given.device or (f"cuda:{local}" if torch.cuda.is_available() else "cpu"))
     there = encoder_names(components)

@@ -12,7 +12,6 @@ from concurrent.futures import Future, ThreadPoolExecutor
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from proxt2i.data.writing import write_atomically
 from proxt2i.evaluation import folder
@@ -23,6 +22,7 @@ from proxt2i.evaluation.work import Evaluation, Sampler, Unit, digest
 from proxt2i.images import to_uint8
 from proxt2i.models.bundle import Bundle, load_bundle
 from proxt2i.pipeline import sample_latents
+from proxt2i.progress import Progress
 from proxt2i.rewards.base import DTYPES, Reward, score
 
 REFERENCE_UNIT = 64  # pictures
@@ -33,7 +33,7 @@ def work(evaluation: Evaluation, rewards: Sequence[Reward], extract: Extractor |
     _reference(evaluation, extract, rank, world)
     everything = [unit for sampler in evaluation.samplers for unit in evaluation.units(sampler)]
     mine = [unit for number, unit in enumerate(everything) if number % world == rank and any(missing(evaluation, unit))]
-    with tqdm(total=sum(len(unit.pictures) for unit in mine), desc="evaluating", unit="image", disable=None if rank == 0 and mine else True) as bar:
+    with Progress(total=sum(len(unit.pictures) for unit in mine), desc="evaluating", unit="image", disable=rank != 0 or not mine) as bar:
         for model in evaluation.models:
             units = [unit for unit in mine if unit.sampler.model is model]
             unmeasured = [s for s in evaluation.samplers if s.model is model and rank == 0 and evaluation.latency_runs and latency(evaluation, s) is None]
@@ -41,7 +41,7 @@ def work(evaluation: Evaluation, rewards: Sequence[Reward], extract: Extractor |
                 _draw_model(evaluation, model.folder, units, unmeasured, rewards, extract, device, world, bar)
 
 
-def _draw_model(evaluation, model_folder, units: list[Unit], unmeasured: list[Sampler], rewards, extract, device, world: int, bar: tqdm) -> None:
+def _draw_model(evaluation, model_folder, units: list[Unit], unmeasured: list[Sampler], rewards, extract, device, world: int, bar: Progress) -> None:
     before = torch.cuda.memory_allocated(device) if device.type == "cuda" else 0  # of rewards: not the sampler's
     bundle = load_bundle(model_folder, device=device, dtype=DTYPES[evaluation.dtype])
     bundle.text.warn_unheard([])  # --cut-long has been given, or there is nothing to say
@@ -182,7 +182,7 @@ def _reference(evaluation: Evaluation, extract: Extractor | None, rank: int, wor
         return
     records = reference_records(evaluation)
     todo = [(i, record) for i, record in enumerate(records) if i % world == rank and not record.keys()]
-    for i, record in tqdm(todo, desc="reference", unit="batch", disable=None if rank == 0 and todo else True):
+    for i, record in Progress(todo, desc="reference", unit="batch", disable=rank != 0 or not todo):
         images, bad = evaluation.reference.read(i * REFERENCE_UNIT, (i + 1) * REFERENCE_UNIT)
         record.tensors["features"] = extract(images) if len(images) else torch.empty(0, 0)
         record.write({"bad": [str(b) for b in bad]})

@@ -19,7 +19,7 @@ from proxt2i.data.index import ShardIndex, index_shards
 from proxt2i.data.shards import Bad, ShardDataset, Unusable, decode_image
 from proxt2i.data.writing import IMAGE_EXTENSIONS, tars_in
 from proxt2i.images import to_pil
-from proxt2i.models.files import check_component, check_loaded, files_digest, read_json
+from proxt2i.models.files import check_component, check_loaded, file_digest, files_digest, read_json
 from proxt2i.rewards.preprocess import normalise
 from proxt2i.rewards.weights import load_strictly, quiet_loading, read_tensors
 
@@ -55,7 +55,7 @@ def features_of(path: Path | None) -> Features:
     if path.is_dir() and (file := next((path / name for name in INCEPTION if (path / name).is_file()), None)):
         path = file
     if path.is_file():
-        return Features("inception", _sha256(path), path)
+        return Features("inception", file_digest(path), path)
     if not path.exists():
         raise ValueError(f"--fd-model {path}: no such folder or file; give the folder of a vision model of transformers (facebook/dinov2-large, downloaded), "
                          f"or FID's Inception, {INCEPTION[1]} of github.com/mseitzer/pytorch-fid")
@@ -128,11 +128,6 @@ def _inception(file: Path, device: torch.device) -> Extractor:
         return network(images.to(device).float() / 255).float().cpu()
 
     return extract
-
-
-def _sha256(path: Path) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest() if hasattr(hashlib, "file_digest") else hashlib.sha256(file.read()).hexdigest()
 
 
 # -- the reference ----------------------------------------------------------------------------------------------------
