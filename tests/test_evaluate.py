@@ -19,7 +19,7 @@ from runs import BareRanks, become_rank, wait_for
 from proxt2i import evaluate
 from proxt2i.embedded import ASSETS, SHIPPED_MODEL
 from proxt2i.embedded.judge import Judge, frechet_distance
-from proxt2i.evaluation import draw, results, statistics
+from proxt2i.evaluation import draw, frechet, results, statistics
 from proxt2i.evaluation.features import features_of, reference_of
 from proxt2i.evaluation.prompts import read_prompts
 from proxt2i.evaluation.work import labels
@@ -266,10 +266,15 @@ def test_pictures_are_kept_as_shards_that_serve_as_a_reference(evaluated, prompt
     again, bad = files.read(0, 6)
     assert torch.equal(again, images) and len(bad) == 1 and bad[0].key == "broken.png"
     out = tmp_path / "out"
-    assert evaluate.main(arguments(prompts_file, out, "--reference", folders[0], "--steps", "2", "--no-images", "--grid", "2")) == 0
-    [row] = json.loads((out / "results.json").read_text())["rows"]
+    assert evaluate.main(arguments(prompts_file, out, "--reference", folders[0], "--no-images", "--grid", "2")) == 0
+    found = json.loads((out / "results.json").read_text())
+    row, other = found["rows"]
     assert abs(row["frechet_distance"]) < 1e-3 and row["rewards"] == {}  # the very same pictures
-    assert sum(len(pictures_in(path)) for path in (out / "samplers").rglob("*.tar")) == 2
+    assert 0 == row["frechet_distance_low"] < row["frechet_distance_high"] and 0 < other["frechet_distance"] < other["frechet_distance_high"]
+    [difference] = found["differences"]
+    assert difference["mean"] == pytest.approx(other["frechet_distance"] - row["frechet_distance"]) and difference["low"] < difference["mean"] < difference["high"]
+    assert rows_of(out / "differences.csv")[0]["wins"] == "" and "frechet_distance" in (out / "report.html").read_text()
+    assert sum(len(pictures_in(path)) for path in (out / "samplers").rglob("*.tar")) == 4
 
 
 def pictures_in(path):
@@ -397,6 +402,29 @@ def test_a_paired_difference_sees_what_the_spread_between_prompts_hides():
     assert found["excludes_zero"] and found["low"] > 0 and one["low"] < other["high"] and found["wins"] == (a > b).mean()
     assert statistics.difference(b, b) | {"mean": 0.0} == {"mean": 0.0, "low": 0.0, "high": 0.0, "prompts": 100, "wins": 0.5, "excludes_zero": False}
     assert statistics.mean_and_interval(np.ones(1)) == {"mean": 1.0, "low": None, "high": None, "prompts": 1}
+
+
+def test_a_distance_without_a_part_is_that_of_the_other_pictures():
+    torch.manual_seed(0)
+    features, reference = torch.randn(50, 6) + 1, torch.randn(40, 6) * 2
+    parts = torch.arange(50) % 7
+    expected = [frechet_distance(features[parts != p], reference) for p in range(7)]
+    assert frechet.distances_without(features, parts, reference) == pytest.approx(expected, rel=1e-9)
+    with pytest.raises(ValueError, match="at least 2 pictures outside"):
+        frechet.distances_without(features[:2], torch.arange(2), reference)
+
+
+def test_the_interval_of_a_distance_covers_its_mean_as_often_as_it_says():
+    """The mean over draws of as many pictures: with few of them a distance is too high, and no interval of one draw can know by how much."""
+    torch.manual_seed(0)
+    reference, trials = torch.randn(400, 5), 200
+    draws = [torch.randn(120, 5) * 1.2 + 0.2 for _ in range(trials)]
+    values = np.array([frechet_distance(draw, reference) for draw in draws])
+    groups = np.repeat(np.arange(60), 2)
+    parts = torch.from_numpy(frechet.parts_of(groups))
+    intervals = [frechet.interval_of(value, frechet.distances_without(draw, parts, reference)) for value, draw in zip(values, draws)]
+    covered = np.mean([low <= values.mean() <= high for low, high in intervals])
+    assert parts.bincount().tolist() == [6] * 20 and 0.88 <= covered <= 0.99
 
 
 # -- features ---------------------------------------------------------------------------------------------------------

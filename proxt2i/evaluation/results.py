@@ -18,6 +18,7 @@ from proxt2i import __version__
 from proxt2i.data.writing import write_atomically
 from proxt2i.embedded.judge import frechet_distance
 from proxt2i.evaluation import draw, folder
+from proxt2i.evaluation.frechet import distances_without, interval_of, parts_of
 from proxt2i.evaluation.statistics import FEW, LEVEL, RESAMPLES, difference, group_means, mean_and_interval, numbered
 from proxt2i.evaluation.work import Evaluation, Sampler, reward_settings
 
@@ -39,16 +40,17 @@ def collect(evaluation: Evaluation) -> dict:
         made_with |= {json.dumps(r.made_with, sort_keys=True): r.made_with for r in records}
     reference, bad = draw.reference_features(evaluation) if evaluation.features else (None, [])
     means = {sampler: {name: group_means(values, groups) for name, values in found.items()} for sampler, found in scores.items()}
+    distances = {sampler: _distance(values, reference, groups) for sampler, values in features.items()}
     rows = []
     for sampler in evaluation.samplers:
         speed = draw.latency(evaluation, sampler) or {}
         rows.append({
             "sampler": sampler.name, **sampler.settings(), "rewards": {name: mean_and_interval(values) for name, values in means[sampler].items()},
-            "frechet_distance": frechet_distance(features[sampler], reference) if evaluation.features else None,
+            **{f"frechet_distance{end}": distances[sampler][key] if evaluation.features else None for key, end in (("mean", ""), ("low", "_low"), ("high", "_high"))},
             "pictures": len(evaluation.pictures), "latency": speed or None, "ms_per_image": speed.get("ms_per_image"), "peak_memory_mib": speed.get("peak_memory_mib"),
         })  # fmt: skip
     about = provenance(evaluation, list(made_with.values()), reference)
-    return {"about": about, "rows": rows, "differences": _differences(evaluation, means), "categories": _categories(evaluation, scores, groups, categories),
+    return {"about": about, "rows": rows, "differences": _differences(evaluation, means, distances), "categories": _categories(evaluation, scores, groups, categories),
             "table": _table(evaluation, scores, about), "notes": _notes(evaluation, reference, bad, made_with, groups)}  # fmt: skip
 
 
@@ -104,11 +106,30 @@ def _table(evaluation: Evaluation, scores: dict[Sampler, dict[str, np.ndarray]],
     return table.replace_schema_metadata({"proxt2i": json.dumps(about)})
 
 
-def _differences(evaluation: Evaluation, means: dict) -> list[dict]:
-    """Of every two samplers, the first minus each later one and so on: reward, mean difference, interval, wins."""
-    samplers = evaluation.samplers
-    return [{"sampler": b.name, "minus": a.name, "reward": reward.key, **difference(means[b][reward.key], means[a][reward.key])}
-            for i, a in enumerate(samplers) for b in samplers[i + 1:] for reward in evaluation.rewards]  # fmt: skip
+def _distance(features: torch.Tensor, reference: torch.Tensor, groups: np.ndarray) -> dict:
+    """A sampler's Fréchet distance: {"mean", "low", "high", "prompts", "without"}; no interval of a single prompt, or of too few pictures."""
+    value, parts = frechet_distance(features, reference), torch.from_numpy(parts_of(groups))
+    found = {"mean": value, "low": None, "high": None, "prompts": int(groups.max()) + 1, "without": None}
+    if parts.max() > 0 and len(parts) - parts.bincount().max() >= 2:
+        found["without"] = distances_without(features, parts, reference)
+        low, high = interval_of(value, found["without"])
+        found |= {"low": max(low, 0.0), "high": high}
+    return found
+
+
+def _differences(evaluation: Evaluation, means: dict, distances: dict) -> list[dict]:
+    """Of every two samplers, the later minus the earlier: reward (or frechet_distance, which has no wins), mean difference, interval, wins."""
+    found = []
+    for i, a in enumerate(evaluation.samplers):
+        for b in evaluation.samplers[i + 1:]:
+            names = {"sampler": b.name, "minus": a.name}
+            found += [{**names, "reward": reward.key, **difference(means[b][reward.key], means[a][reward.key])} for reward in evaluation.rewards]
+            if distances and distances[a]["without"] is not None:
+                value = distances[b]["mean"] - distances[a]["mean"]
+                low, high = interval_of(value, distances[b]["without"] - distances[a]["without"])
+                found.append({**names, "reward": "frechet_distance", "mean": value, "low": low, "high": high, "prompts": distances[a]["prompts"], "wins": None,
+                              "excludes_zero": low > 0 or high < 0})  # fmt: skip
+    return found
 
 
 def _categories(evaluation: Evaluation, scores: dict, groups: np.ndarray, categories: list) -> list[dict]:
@@ -187,14 +208,16 @@ def print_table(found: dict) -> None:
     """The summary, for a terminal."""
     rewards, width = list(found["rows"][0]["rewards"]), max(len(row["sampler"]) for row in found["rows"])
     with_fd = found["rows"][0]["frechet_distance"] is not None
-    print(f"{'':<{width}}" + "".join(f"{name:>{max(20, len(name) + 2)}}" for name in rewards) + ("        FD" if with_fd else "") + "  ms/image")
+    print(f"{'':<{width}}" + "".join(f"{name:>{max(20, len(name) + 2)}}" for name in rewards) + ("FD".rjust(18) if with_fd else "") + "  ms/image")
     for row in found["rows"]:
         line = f"{row['sampler']:<{width}}"
         for name in rewards:
             entry = row["rewards"][name]
             half = "" if entry["low"] is None else f" ± {(entry['high'] - entry['low']) / 2:.3g}"
             line += f"{entry['mean']:.4g}{half}".rjust(max(20, len(name) + 2))
-        line += f"{row['frechet_distance']:>10.3f}" if with_fd else ""
+        if with_fd:
+            value, high = row["frechet_distance"], row["frechet_distance_high"]
+            line += (f"{value:.3f}" + ("" if high is None else f" ± {high - value:.2g}")).rjust(18)
         print(line + (f"{row['ms_per_image']:>10.1f}" if row["ms_per_image"] else "         –"), flush=True)
     for note in found["notes"]:
         print(f"note: {note}")

@@ -20,7 +20,7 @@ from proxt2i.rewards.base import RewardSettings, settings_of, settings_of_argume
 
 PORTRAITS = "portraits"  # in place of a prompts file, or of a feature model
 COLUMNS = ("sampler", "model", "model_sha256", "plan", "steps", "guidance", "guidance_below", "prompt_number", "image", "seed", "prompt", "negative_prompt", "category", "dtype",
-           "frechet_distance", "pictures", "ms_per_image", "peak_memory_mib", "device", "num_prompts", "prompts_sha256", "images_per_prompt", "torch", "proxt2i", "git_commit")  # fmt: skip
+           "frechet_distance", "frechet_distance_low", "frechet_distance_high", "pictures", "ms_per_image", "peak_memory_mib", "device", "num_prompts", "prompts_sha256", "images_per_prompt", "torch", "proxt2i", "git_commit")  # fmt: skip
 GROWS = ("models", "rewards", "features")  # of about.json: what a later command may add to
 
 
