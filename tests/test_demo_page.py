@@ -327,3 +327,19 @@ def test_a_password_is_asked_for(models, tmp_path, monkeypatch):
         assert client.post("/login", data={"username": "me", "password": "se:cret"}).status_code == 200
         answer = client.get("/config")
         assert answer.status_code == 200 and "default-src 'self'" in answer.headers["content-security-policy"]
+
+
+def test_more_draws_than_may_wait_are_refused(models, tmp_path, monkeypatch):
+    pytest.importorskip("gradio", reason="the page needs Gradio: pip install -c constraints.txt gradio")
+    monkeypatch.setenv("GRADIO_TEMP_DIR", str(tmp_path))
+    from starlette.testclient import TestClient
+
+    side = [next(iter(models)), "relaxed", 30]
+    with TestClient(demo.application(demo.build(models, 4).queue(max_size=2))) as client:
+        draw = next(d["id"] for d in client.get("/config").json()["dependencies"] if len(d["inputs"]) == 13)
+        form = {"data": [PROMPT, "", 1.5, 0.35, "7", 4, False, *side, *side], "fn_index": draw, "session_hash": "me"}
+        answers = []
+        while len(answers) < 30 and not (answers and answers[-1].status_code == 503):  # one is drawn, two wait
+            answers.append(client.post("/gradio_api/queue/join", json=form))
+    assert [answer.status_code for answer in answers[:2]] == [200, 200] and answers[-1].status_code == 503
+    assert "Queue is full" in answers[-1].json()["detail"]
