@@ -3,6 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 MIN_DISK_GB ?= 6
 PIP_ARGS ?=
+JOBS ?= 2
 
 BIN := $(abspath $(VENV))/bin
 STAMP := $(VENV)/.installed
@@ -16,7 +17,7 @@ export PATH := $(BIN):$(PATH)
 
 help:
 	@echo "make demo        draw a data set, train a model on it, sample and evaluate (sets itself up first)"
-	@echo "make test        all tests (sets itself up first); ARGS='-k name' goes to pytest"
+	@echo "make test        all tests, JOBS=$(JOBS) files at a time (sets itself up first); ARGS='-k name' goes to pytest (JOBS=0 with -s or --pdb)"
 	@echo "make soak        kill -9 a two-rank run 20 times and compare it with an unbroken one, change its ranks, fill its disk; kill a curation; disturb a Slurm job (minutes); KILLS=20 MOMENTS=10"
 	@echo "make lint        ruff and mypy (sets itself up first)"
 	@echo "make docs        the documentation as a web site in build/site (sets itself up first); nothing in it is fetched from elsewhere"
@@ -57,8 +58,9 @@ $(STAMP): $(SOURCES)
 venv: $(STAMP)
 
 # One thread a process: the tests are small, some start several ranks, and OpenMP's barriers crawl on a busy machine.
+# Several files at a time, since many tests wait for something; a file's tests stay together, as they share what its fixtures made.
 test: $(STAMP)
-	@OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} PROXT2I_REQUIRE_NATIVE=1 "$(BIN)/python" -m pytest -q $(ARGS)
+	@OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} PROXT2I_REQUIRE_NATIVE=1 "$(BIN)/python" -m pytest -q -n $(JOBS) --dist loadfile --no-loadscope-reorder $(ARGS)
 
 # An extra of the installed package: pip adds what is missing and builds nothing.
 $(VENV)/.installed-%: $(STAMP)

@@ -7,6 +7,13 @@ from runs import run_settings, write_components, write_squares
 
 from proxt2i.training import distributed
 
+LONG = ("test_failure.py", "test_slurm.py", "test_emulated.py", "test_few_step.py", "test_grpo.py", "test_grpo_zero.py", "test_gpu_check.py", "test_embedded.py", "test_latents.py", "test_zero.py")
+
+
+def pytest_collection_modifyitems(items):
+    """Long files first, so that of several at a time none is left for the end."""
+    items.sort(key=lambda item: LONG.index(item.path.name) if item.path.name in LONG else len(LONG))
+
 
 @pytest.fixture(scope="session")
 def components(tmp_path_factory):

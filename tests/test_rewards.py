@@ -208,7 +208,8 @@ def test_files_are_scored_by_the_prompt_that_they_carry(portraits, tmp_path, cap
     for i, row in enumerate(rows):
         assert row["prompt"] == captions[i] and row["portraits"] == 1.0 and row["pickscore"] == pytest.approx(expected["pickscore"][i].item(), abs=1e-4)
     assert main([str(files[0]), str(tmp_path / "2.png"), "--prompt", captions[0], *flags]) == 0  # of two sizes
-    assert json.loads(capsys.readouterr().out.splitlines()[0]) == rows[0]
+    alone = json.loads(capsys.readouterr().out.splitlines()[0])
+    assert alone == rows[0] | {"pickscore": pytest.approx(rows[0]["pickscore"], abs=1e-4)}  # batches differ, so it does by rounding
 
 
 def test_mistakes_on_the_command_line_are_explained(portraits, tmp_path, capsys):
