@@ -59,8 +59,9 @@ def check_gradient(reward, images, captions, metadata, tolerance):
     torch.testing.assert_close(score_differentiably(reward, rounded, captions, metadata).detach(), scores, **tolerance)
 
 
-def test_pickscores_gradient(portraits):
-    check_gradient(load_reward(PRESENT[0]), *portraits, tolerance=dict(rtol=1e-4, atol=1e-4))
+@pytest.mark.parametrize("name", ["pickscore", "pickscore_contrast"])
+def test_pickscores_gradient(name, portraits):
+    check_gradient(load_reward(RewardSettings(name, path="portraits")), *portraits, tolerance=dict(rtol=1e-4, atol=2e-4))
 
 
 def test_the_judges_gradient_is_that_of_the_share_it_expects(portraits):

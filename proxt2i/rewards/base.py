@@ -29,7 +29,7 @@ REWARDS = {
     "portraits": "portraits",
     "http": "http",
 }
-DIFFERENTIABLE = ("pickscore", "hpsv2", "imagereward", "aesthetic", "clipscore", "portraits")  # those with a method `differentiable`
+DIFFERENTIABLE = ("pickscore", "pickscore_contrast", "hpsv2", "imagereward", "aesthetic", "clipscore", "portraits")  # those with a method `differentiable`
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
