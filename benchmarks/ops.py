@@ -1,6 +1,6 @@
 """Times the fused training operators, forward and backward, against eager torch as one writes it, in one process.
 
-    python benchmarks/ops.py [--shape 8 16 64 64] [--threads 2] [--repeats 40] [--device cpu] [--out FILE.json]
+    python benchmarks/ops.py [--shape 8 16 64 64] [--threads 2] [--repeats 40] [--device cpu] [--cpu-time] [--out FILE.json]
 
 matching   a training example and its loss. fused: noised_pair and prox_matching_loss. eager: torch.randn for both noises, the noised
            latents, the expected noise, and the loss 1 - exp(-mse / zeta^2)
@@ -83,7 +83,7 @@ def main():
              "log-ratio without kl": log_ratio(shape, args.device, False)}
     result = ran_on(args) | {"median_ms": {}, "min_ms": {}, "ratio": {}}
     for name, functions in cases.items():
-        times = measure(functions, args.repeats, args.device)
+        times = measure(functions, args.repeats, args.device, args.cpu_time)
         seconds = {key: statistics.median(values) for key, values in times.items()}
         result["median_ms"][name] = {key: 1e3 * value for key, value in seconds.items()}
         result["min_ms"][name] = {key: 1e3 * min(values) for key, values in times.items()}

@@ -1,6 +1,6 @@
 """Times the fused proximal step against the same step in eager torch and against diffusers' DDIM step, in one process.
 
-    python benchmarks/prox_step.py [--shape 8 16 64 64] [--threads 2] [--repeats 60] [--device cpu] [--out FILE.json]
+    python benchmarks/prox_step.py [--shape 8 16 64 64] [--threads 2] [--repeats 60] [--device cpu] [--cpu-time] [--out FILE.json]
 
 fused  proxt2i.ops.prox_step as the sampler calls it: guidance, prox, next state and counter-based noise in one pass; x itself is not
        wanted
@@ -56,18 +56,19 @@ def ddim_step(shape: tuple[int, ...], device: str) -> dict:
     return {"ddim": lambda: scheduler.step(eps_uncond + GUIDANCE * (eps_cond - eps_uncond), timestep, y, eta=1.0)}
 
 
-def measure(steps: dict, repeats: int, device: str) -> dict[str, list[float]]:
-    """Seconds of each call, the steps taking turns."""
+def measure(steps: dict, repeats: int, device: str, cpu_time: bool = False) -> dict[str, list[float]]:
+    """Seconds of each call, the steps taking turns; cpu_time: of this thread at work alone, see timing.operator_arguments."""
+    clock = time.thread_time if cpu_time else time.perf_counter
     wait = torch.cuda.synchronize if device == "cuda" else lambda: None
     times = {name: [] for name in steps}
     for repeat in range(-3, repeats):
         for name, step in steps.items():
             wait()
-            start = time.perf_counter()
+            start = clock()
             step()
             wait()
             if repeat >= 0:
-                times[name].append(time.perf_counter() - start)
+                times[name].append(clock() - start)
     return times
 
 
@@ -75,7 +76,7 @@ def main():
     args = operator_arguments(__doc__, repeats=60)
     with torch.no_grad():
         steps = make_steps(tuple(args.shape), args.device) | ddim_step(tuple(args.shape), args.device)
-        times = measure(steps, args.repeats, args.device)
+        times = measure(steps, args.repeats, args.device, args.cpu_time)
     seconds = {name: statistics.median(values) for name, values in times.items()}
     num_bytes = 4 * 4 * torch.Size(args.shape).numel()
     result = ran_on(args) | {

@@ -82,8 +82,11 @@ def operator_arguments(description: str, repeats: int) -> argparse.Namespace:
     parser.add_argument("--threads", type=int, default=None, help="torch.set_num_threads (default: torch's own choice)")
     parser.add_argument("--repeats", type=int, default=repeats)
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
+    parser.add_argument("--cpu-time", action="store_true", help="count only while the thread runs, for a machine that is busy otherwise; needs --threads 1")
     parser.add_argument("--out", type=Path, help="write the result as JSON")
     args = parser.parse_args()
+    if args.cpu_time and (args.device != "cpu" or args.threads != 1):
+        parser.error("--cpu-time counts one CPU thread: it needs --device cpu --threads 1")
     if args.device == "cuda" and not (torch.cuda.is_available() and _C.build_info()["cuda"]):
         parser.error("--device cuda needs a GPU and an extension built with CUDA kernels (make gpu-check)")
     if args.threads:
@@ -98,6 +101,7 @@ def ran_on(args: argparse.Namespace) -> dict:
 
     device_name = torch.cuda.get_device_name() if args.device == "cuda" else platform.processor() or platform.machine()
     return {"shape": args.shape, "dtype": "float32", "device": args.device, "device_name": device_name, "threads": torch.get_num_threads(),
+            "clock": "the thread's CPU time" if args.cpu_time else "wall",
             "repeats": args.repeats, "torch": torch.__version__, "build": _C.build_info()}
 
 

@@ -81,24 +81,24 @@ PROXT2I_HD float widen(float16 a) {
   return float_from_bits((word & 0x80000000u) | bits);
 }
 
-// ln(u) for a normal positive float u, to about 1 ulp; exactly 0 at u = 1 and never positive below it. u = 2^e (1 + f) with
+// -2 ln(u) for a normal positive float u, to about 1 ulp; exactly 0 at u = 1 and never negative below it. u = 2^e (1 + f) with
 // 1 + f in [sqrt(1/2), sqrt(2)); ln(1 + f) = f + f^2 R(f), R of degree 8 interpolated at Chebyshev nodes.
-PROXT2I_HD float natural_log(float u) {
+PROXT2I_HD float minus_two_ln(float u) {
   const int32_t bits = static_cast<int32_t>(float_bits(u));
-  const int32_t exponent = (bits - 0x3F3504F3) >> 23;
-  const float f = float_from_bits(static_cast<uint32_t>(bits - exponent * (1 << 23))) - 1.0f;
-  const float e = static_cast<float>(exponent);
-  float r = -0.07673641502f;
-  r = fma(r, f, 0.1272267279f);
-  r = fma(r, f, -0.1312755565f);
-  r = fma(r, f, 0.1420485595f);
-  r = fma(r, f, -0.1662664563f);
-  r = fma(r, f, 0.2000123446f);
-  r = fma(r, f, -0.2500078124f);
-  r = fma(r, f, 0.3333333003f);
-  r = fma(r, f, -0.4999999765f);
-  const float tail = fma(e, -2.12194440e-4f, (f * f) * r);  // ln 2 = 0.693359375 - 2.12194440e-4
-  return fma(e, 0.693359375f, f + tail);
+  const int32_t above = bits - 0x3F3504F3;  // of the bits of sqrt(1/2)
+  const float f = float_from_bits(static_cast<uint32_t>(bits - (above & ~0x7FFFFF))) - 1.0f;
+  const float e = static_cast<float>(above >> 23);
+  float r = -2 * -0.07673641502f;
+  r = fma(r, f, -2 * 0.1272267279f);
+  r = fma(r, f, -2 * -0.1312755565f);
+  r = fma(r, f, -2 * 0.1420485595f);
+  r = fma(r, f, -2 * -0.1662664563f);
+  r = fma(r, f, -2 * 0.2000123446f);
+  r = fma(r, f, -2 * -0.2500078124f);
+  r = fma(r, f, -2 * 0.3333333003f);
+  r = fma(r, f, -2 * -0.4999999765f);
+  const float tail = fma(e, -2 * -2.12194440e-4f, (f * f) * r);  // ln 2 = 0.693359375 - 2.12194440e-4
+  return fma(e, -2 * 0.693359375f, tail - (f + f));
 }
 
 // sin and cos of (pi/2) t for |t| <= 1/2.
@@ -123,18 +123,22 @@ PROXT2I_HD float cos_half_pi(float t) {
 // Box-Muller: two independent words -> two independent N(0,1). The radius comes from u = (w0 >> 1) 2^-31 + 2^-32 in (0, 1], so
 // |z| <= sqrt(2 * 32 ln 2) = 6.66 and ln(0) cannot occur; the angle 2 pi w1 / 2^32 is reduced to a quadrant exactly, in integers.
 PROXT2I_HD void box_muller(uint32_t w0, uint32_t w1, float& z0, float& z1) {
-  const float u = fma(static_cast<float>(static_cast<int32_t>(w0 >> 1)), 0x1p-31f, 0x1p-32f);
-  const float radius = square_root(-2.0f * natural_log(u));
-  const uint32_t quadrant = (w1 + 0x20000000u) >> 30;
-  const float t = static_cast<float>(static_cast<int32_t>(w1 - (quadrant << 30))) * 0x1p-30f;
+  const float u = float_from_bits(float_bits(static_cast<float>(static_cast<int32_t>(w0 >> 1)) + 0.5f) - (31u << 23));
+  const float radius = square_root(minus_two_ln(u));
+  const float t = static_cast<float>(static_cast<int32_t>(w1 << 2)) * 0x1p-32f;
   const float s = sin_half_pi(t);
   const float c = cos_half_pi(t);
-  const bool swap = (quadrant & 1u) != 0;
-  const uint32_t cos_bits = float_bits(swap ? s : c) ^ (((quadrant + 1u) & 2u) << 30);
-  const uint32_t sin_bits = float_bits(swap ? c : s) ^ ((quadrant & 2u) << 30);
+  const uint32_t quadrant = w1 + 0x20000000u;  // its upper two bits
+  const bool swap = (quadrant & 0x40000000u) != 0;
+  const uint32_t first = float_bits(swap ? s : c), second = float_bits(s) ^ float_bits(c) ^ first;  // the other one
+  const uint32_t cos_bits = first ^ ((quadrant + 0x40000000u) & 0x80000000u);
+  const uint32_t sin_bits = second ^ (quadrant & 0x80000000u);
   z0 = radius * float_from_bits(cos_bits);
   z1 = radius * float_from_bits(sin_bits);
 }
+
+constexpr uint32_t philox_multiplier0 = 0xD2511F53u, philox_multiplier1 = 0xCD9E8D57u;
+constexpr uint32_t philox_increment0 = 0x9E3779B9u, philox_increment1 = 0xBB67AE85u;
 
 // Philox4x32-10 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011): words = bijection(counter; key).
 PROXT2I_HD void philox4x32_10(uint32_t counter[4], uint32_t key0, uint32_t key1) {
@@ -145,14 +149,14 @@ PROXT2I_HD void philox4x32_10(uint32_t counter[4], uint32_t key0, uint32_t key1)
 #pragma GCC unroll 10
 #endif
   for (int round = 0; round < 10; ++round) {
-    const uint32_t high0 = mul_high(0xD2511F53u, c0), low0 = 0xD2511F53u * c0;
-    const uint32_t high1 = mul_high(0xCD9E8D57u, c2), low1 = 0xCD9E8D57u * c2;
+    const uint32_t high0 = mul_high(philox_multiplier0, c0), low0 = philox_multiplier0 * c0;
+    const uint32_t high1 = mul_high(philox_multiplier1, c2), low1 = philox_multiplier1 * c2;
     c0 = high1 ^ c1 ^ key0;
     c1 = low1;
     c2 = high0 ^ c3 ^ key1;
     c3 = low0;
-    key0 += 0x9E3779B9u;
-    key1 += 0xBB67AE85u;
+    key0 += philox_increment0;
+    key1 += philox_increment1;
   }
   counter[0] = c0, counter[1] = c1, counter[2] = c2, counter[3] = c3;
 }

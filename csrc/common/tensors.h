@@ -73,6 +73,7 @@ class Inputs {
  public:
   template <typename T>
   const T* data(const Tensor& t) {
+    if (t.is_contiguous()) return static_cast<const T*>(t.const_data_ptr());
     kept_.push_back(torch::stable::contiguous(t));
     return static_cast<const T*>(kept_.back().const_data_ptr());
   }

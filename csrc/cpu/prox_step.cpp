@@ -14,35 +14,38 @@ struct Step : StepArgs<T, E> {
     const int64_t at = image * this->per_image + offset;
     const StepRow<T> row = this->row(image);
     const T* y = this->y + at;
-    const E* eps_cond = this->eps_cond + at;
-    T eps[chunk_size], x[chunk_size];
+    T eps[chunk_size], kept[chunk_size];
+    T* x = this->x != nullptr ? this->x + at : kept;
+    const bool cleans = this->clean_next != nullptr || this->remembers();
     if (this->eps_uncond != nullptr) {
-      const E* eps_uncond = this->eps_uncond + at;
-#pragma omp simd
-      for (int64_t i = 0; i < length; ++i) {
-        eps[i] = guide(static_cast<T>(widen(eps_cond[i])), static_cast<T>(widen(eps_uncond[i])), row.guidance_scale);
-      }
+      cleans ? prox_chunk<true, true>(row, at, length, eps, x) : prox_chunk<true, false>(row, at, length, eps, x);
     } else {
-#pragma omp simd
-      for (int64_t i = 0; i < length; ++i) eps[i] = static_cast<T>(widen(eps_cond[i]));
+      cleans ? prox_chunk<false, true>(row, at, length, eps, x) : prox_chunk<false, false>(row, at, length, eps, x);
     }
+    if (this->y_next != nullptr) renoise_chunk<isa>(row, image, offset, length, x, this->y_next + at);
+    if (!cleans) return;
+    T* clean = this->clean_next != nullptr ? this->clean_next + at : eps;
 #pragma omp simd
-    for (int64_t i = 0; i < length; ++i) x[i] = prox(y[i], eps[i], row.sqrt_lam);
-    const auto bytes = sizeof(T) * static_cast<size_t>(length);
-    if (this->x != nullptr) __builtin_memcpy(this->x + at, x, bytes);
-    if (this->y_next != nullptr) renoise_chunk<isa>(row, image, offset, length, x);  // x becomes y_next
-    if (this->clean_next != nullptr || this->remembers()) {
+    for (int64_t i = 0; i < length; ++i) clean[i] = clean_image(y[i], eps[i], row.clean_y, row.clean_eps);
+    if (!this->remembers()) return;
+    const T* before = this->clean + at;
+    T* y_next = this->y_next + at;
 #pragma omp simd
-      for (int64_t i = 0; i < length; ++i) eps[i] = clean_image(y[i], eps[i], row.clean_y, row.clean_eps);
-      if (this->clean_next != nullptr) __builtin_memcpy(this->clean_next + at, eps, bytes);
+    for (int64_t i = 0; i < length; ++i) y_next[i] = remember(y_next[i], clean[i], before[i], row.memory);
+  }
+
+  // x, and eps for those who need it.
+  template <bool guided, bool keeps_eps>
+  PROXT2I_INLINE void prox_chunk(const StepRow<T>& row, int64_t at, int64_t length, T* eps, T* x) const {
+    const T* y = this->y + at;
+    const E *eps_cond = this->eps_cond + at, *eps_uncond = guided ? this->eps_uncond + at : nullptr;
+#pragma omp simd
+    for (int64_t i = 0; i < length; ++i) {
+      T e = static_cast<T>(widen(eps_cond[i]));
+      if constexpr (guided) e = guide(e, static_cast<T>(widen(eps_uncond[i])), row.guidance_scale);
+      if constexpr (keeps_eps) eps[i] = e;
+      x[i] = prox(y[i], e, row.sqrt_lam);
     }
-    if (this->y_next == nullptr) return;
-    if (this->remembers()) {
-      const T* before = this->clean + at;
-#pragma omp simd
-      for (int64_t i = 0; i < length; ++i) x[i] = remember(x[i], eps[i], before[i], row.memory);
-    }
-    __builtin_memcpy(this->y_next + at, x, bytes);
   }
 
   // What the chunk after this one reads and writes.
@@ -57,10 +60,10 @@ struct Step : StepArgs<T, E> {
   }
 
   template <Isa isa>
-  PROXT2I_INLINE void renoise_chunk(const StepRow<T>& row, int64_t image, int64_t offset, int64_t length, T* x) const {
+  PROXT2I_INLINE void renoise_chunk(const StepRow<T>& row, int64_t image, int64_t offset, int64_t length, const T* x, T* y_next) const {
     if (row.b == 0 || (this->noise == nullptr && this->seeds == nullptr)) {
 #pragma omp simd
-      for (int64_t i = 0; i < length; ++i) x[i] = row.a * x[i];
+      for (int64_t i = 0; i < length; ++i) y_next[i] = row.a * x[i];
       return;
     }
     T drawn[chunk_size];
@@ -71,7 +74,7 @@ struct Step : StepArgs<T, E> {
       draw_chunk<isa>(this->seeds[image], static_cast<int64_t>(row.draw), offset, length, drawn, next_chunk(image, offset));
     }
 #pragma omp simd
-    for (int64_t i = 0; i < length; ++i) x[i] = renoise(x[i], z[i], row.a, row.b);
+    for (int64_t i = 0; i < length; ++i) y_next[i] = renoise(x[i], z[i], row.a, row.b);
   }
 };
 
