@@ -47,14 +47,14 @@ class _OneDnnLinear(torch.autograd.Function):
     def backward(ctx, grad):
         x, weight = ctx.saved_tensors
         rows = grad.reshape(-1, grad.shape[-1])
-        grad_x = _product(grad.contiguous(), weight.t().contiguous(), None) if ctx.needs_input_grad[0] else None
+        grad_x = _product(grad, weight.t(), None) if ctx.needs_input_grad[0] else None
         grad_weight = rows.t() @ x.reshape(-1, x.shape[-1]) if ctx.needs_input_grad[1] else None
         grad_bias = (rows.new_ones(1, len(rows)) @ rows)[0] if ctx.needs_input_grad[2] else None  # faster than a sum over rows
         return grad_x, grad_weight, grad_bias
 
 
-def _product(x, weight, bias):
-    return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+def _product(x, weight, bias):  # oneDNN is slow where a matrix has gaps, as halves of one have
+    return torch.ops.mkldnn._linear_pointwise(x.contiguous(), weight.contiguous(), bias, "none", [], "")
 
 
 if AVAILABLE:
