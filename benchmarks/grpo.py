@@ -31,6 +31,7 @@ from contest import Contestant, machine, spread, take_turns  # noqa: E402
 from plain_grpo import PlainGrpo  # noqa: E402
 from timing import write_result  # noqa: E402
 
+from proxt2i.entry import keep_freed_memory  # noqa: E402
 from proxt2i.grpo_config import load_config  # noqa: E402
 from proxt2i.training import distributed  # noqa: E402
 from proxt2i.training.distributed import StopFlag  # noqa: E402
@@ -51,6 +52,7 @@ def make_trainer(folder: Path, name: str, overrides: list[str]) -> GrpoTrainer:
 
 def ours(folder: Path, name: str, *overrides: str):
     """A function that makes one step as GrpoTrainer._loop does; nothing is looked at, sampled or saved."""
+    keep_freed_memory()  # as proxt2i/grpo.py does
     trainer = make_trainer(folder, name, list(overrides))
     stop = StopFlag(trainer.ranks)
 

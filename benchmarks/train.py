@@ -15,7 +15,8 @@ speed   one core, one contestant at a time
         batch; precision; threads; caption dropout; gradient clipping; an average of the weights every step.
         Different, plain against ours: eager noise and loss against one fused operation each; torch's AdamW loop over parameters, against DeepSpeed's flat
         slices with fused AdamW and Muon; an average and its loop against one call; all tokens in the last block against the image tokens; a
-        concatenation before the long skip's product against two products; loss and gradient norm read every step against the norm alone.
+        concatenation before the long skip's product against two products; torch's linear layers and glibc's habit of giving freed memory back, against
+        oneDNN's products and memory that is kept; loss and gradient norm read every step against the norm alone.
         Ours does besides: noise as a function of seed and position, preconditioning and pair weights, losses by step, spike guard, stop signals.
 ranks   one job of two ranks (one core each, 32 images each a step) against two jobs of one rank with batch 32 that run at the same time on the
         same two cores: images/s of the job over the sum of the two
@@ -40,6 +41,7 @@ from plain_trainer import PlainTrainer  # noqa: E402
 from timing import write_result  # noqa: E402
 
 from proxt2i.config import load_config  # noqa: E402
+from proxt2i.entry import keep_freed_memory  # noqa: E402
 from proxt2i.training import distributed  # noqa: E402
 from proxt2i.training.distributed import StopFlag  # noqa: E402
 from proxt2i.training.engine import read_deepspeed_json  # noqa: E402
@@ -63,6 +65,7 @@ def make_trainer(folder: Path, name: str, overrides: list[str]) -> Trainer:
 
 def ours(folder: Path, name: str, *overrides: str):
     """A function that makes one step as Trainer._loop does; nothing is sampled or saved."""
+    keep_freed_memory()  # as proxt2i/train.py does
     trainer = make_trainer(folder, name, list(overrides))
     trainer.meter = Meter(trainer.objective.pairs.bucket_names, trainer.uvit.config, trainer.ranks)
     stop = StopFlag(trainer.ranks)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import ctypes
 import faulthandler
 import os
 import signal
@@ -15,6 +16,7 @@ from proxt2i.training import lifeline
 from proxt2i.training.slurm import adopt_slurm_ranks
 
 HERE = Path(__file__).resolve().parent
+MALLOPT = {-3: 32 << 20, -1: 1 << 30}  # M_MMAP_THRESHOLD (glibc's largest) and M_TRIM_THRESHOLD, in bytes
 
 
 def parse(parser: argparse.ArgumentParser, arguments: list[str] | None) -> argparse.Namespace:
@@ -66,6 +68,18 @@ def prepare_process() -> None:
     faulthandler.enable()
     if hasattr(signal, "SIGQUIT"):
         faulthandler.register(signal.SIGQUIT)
+    keep_freed_memory()
+
+
+def keep_freed_memory() -> None:
+    """Let glibc keep up to 1 GiB that a step frees for the next step. By default it hands activations back to the system at every step, and
+    the next one pays a page fault for every 4 KiB. Changes nothing where the C library is another one."""
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+    except (AttributeError, OSError, TypeError):
+        return
+    for parameter, value in MALLOPT.items():
+        mallopt(parameter, value)
 
 
 def fail(error: Exception, rank: int) -> int:

@@ -1,6 +1,7 @@
 // Attention on packed qkv for short sequences on a CPU, as csrc/cuda/attention_*.cu: all of a head's scores lie in the cache at once, and
 // queries, keys and values are read where the projection left them. One head of one image is one piece of work; its sums are in an order
-// that depends on the shape alone, so that results are the same bits on any number of threads and with any instruction set.
+// that depends on the shape alone, so that results are the same bits on any number of threads and with any instruction set. Queries and keys are
+// transposed first and scores stand as [keys, queries]: most sums then run across vectors, and few within one.
 #include <cmath>
 #include <limits>
 #include <type_traits>
@@ -122,30 +123,32 @@ struct Head : AttentionArgs<T> {
     return std::clamp<int64_t>(this->key_lengths[head / this->heads], 0, this->tokens);
   }
 
-  // rows [count, dim] = factor * weight * x / rms(x), x the tokens from `first` on.
-  PROXT2I_INLINE void normalized(int64_t head, int64_t part, int64_t first, int64_t count, const T* weight, T factor, T* rows) const {
-    const T* x = this->qkv + at(head, part) + first * token_stride();
-    for (int64_t i = 0; i < count; ++i, x += token_stride(), rows += this->dim) {
-      if (weight == nullptr) {
-#pragma omp simd
-        for (int64_t d = 0; d < this->dim; ++d) rows[d] = factor * x[d];
-      } else {
-        const T f = factor * inverse_rms(x);
-#pragma omp simd
-        for (int64_t d = 0; d < this->dim; ++d) rows[d] = f * x[d] * weight[d];
-      }
+  // columns [dim, width] = rows [count, dim], transposed, and 0 beyond `count`.
+  PROXT2I_INLINE void transpose(const T* rows, int64_t stride, int64_t count, T* columns, int64_t width) const {
+    for (int64_t d = 0; d < this->dim; ++d) {
+      for (int64_t j = 0; j < count; ++j) columns[d * width + j] = rows[j * stride + d];
+      for (int64_t j = count; j < width; ++j) columns[d * width + j] = 0;
     }
   }
 
-  PROXT2I_INLINE T inverse_rms(const T* x) const {
-    return 1 / std::sqrt(sum_of<T>(this->dim, [&](int64_t d) { return x[d] * x[d]; }) / static_cast<T>(this->dim) + this->norm_eps);
-  }
-
-  // columns [dim, width()] = rows [count, dim], transposed, and 0 beyond `count`.
-  PROXT2I_INLINE void transpose(const T* rows, int64_t stride, int64_t count, T* columns) const {
+  // columns [dim, width] = inverse * weight * x, x [count, dim] transposed, where inverse [width] = factor / rms(x) (without weights: factor).
+  PROXT2I_INLINE void columns(const T* x, int64_t stride, int64_t count, const T* weight, T factor, T* columns, int64_t width, T* inverse) const {
+    transpose(x, stride, count, columns, width);
+    for (int64_t j = 0; j < width; j += lanes) {
+      T sums[lanes] = {};
+      for (int64_t d = 0; d < this->dim && weight != nullptr; ++d) {
+#pragma omp simd
+        for (int64_t l = 0; l < lanes; ++l) sums[l] += columns[d * width + j + l] * columns[d * width + j + l];
+      }
+#pragma omp simd
+      for (int64_t l = 0; l < lanes; ++l) {
+        inverse[j + l] = weight == nullptr ? factor : factor / std::sqrt(sums[l] / static_cast<T>(this->dim) + this->norm_eps);
+      }
+    }
     for (int64_t d = 0; d < this->dim; ++d) {
-      for (int64_t j = 0; j < count; ++j) columns[d * width() + j] = rows[j * stride + d];
-      for (int64_t j = count; j < width(); ++j) columns[d * width() + j] = 0;
+      const T w = weight == nullptr ? T{1} : weight[d];
+#pragma omp simd
+      for (int64_t j = 0; j < width; ++j) columns[d * width + j] *= w * inverse[j];
     }
   }
 };
@@ -154,30 +157,48 @@ template <typename T>
 struct Forward : Head<T> {
   using Head<T>::Head;
 
+  // Scores stand as [keys, queries], so that every sum over keys or over a head's numbers runs across vectors and not within one.
   template <Isa isa>
   PROXT2I_INLINE void chunk(int64_t head, int64_t, int64_t) const {
-    const int64_t M = this->queries, N = this->tokens, D = this->dim, width = this->width(), keys = this->keys(head);
-    T* q = workspace<T>((M + N + width) * D + M * width);
-    T *k = q + M * D, *k_columns = k + N * D, *scores = k_columns + width * D;
-    this->normalized(head, 0, N - M, M, this->q_weight, this->scale, q);
-    this->normalized(head, 1, 0, N, this->k_weight, T{1}, k);
-    this->transpose(k, D, N, k_columns);
-    product(q, D, 1, k_columns, width, M, width, D, scores, width);
-    for (int64_t i = 0; i < M; ++i) this->lse[head * M + i] = softmax(scores + i * width, keys, width);
-    product(scores, width, 1, this->qkv + this->at(head, 2), this->token_stride(), M, D, keys, this->out + this->out_at(head), this->out_stride());
+    const int64_t M = this->queries, N = this->tokens, D = this->dim, rows = padded(M), width = this->width(), keys = this->keys(head);
+    const int64_t stride = this->token_stride();
+    T* q = workspace<T>((rows + width) * D + (N + 2) * rows + width);
+    T *k = q + rows * D, *scores = k + width * D, *sums = scores + N * rows, *largest = sums + rows, *norms = largest + rows;
+    this->columns(this->qkv + this->at(head, 0) + (N - M) * stride, stride, M, this->q_weight, this->scale, q, rows, sums);
+    this->columns(this->qkv + this->at(head, 1), stride, N, this->k_weight, T{1}, k, width, norms);
+    product(k, 1, width, q, rows, keys, rows, D, scores, rows);
+    softmax(scores, keys, rows, largest, sums);
+    for (int64_t i = 0; i < M; ++i) this->lse[head * M + i] = largest[i] + std::log(sums[i]);
+    product(scores, 1, rows, this->qkv + this->at(head, 2), stride, M, D, keys, this->out + this->out_at(head), this->out_stride());
   }
 
-  // In place, over the first `keys` entries; returns log(sum(exp)).
-  PROXT2I_INLINE T softmax(T* row, int64_t keys, int64_t width) const {
-    T largest = -std::numeric_limits<T>::infinity();
-#pragma omp simd reduction(max : largest)
-    for (int64_t j = 0; j < keys; ++j) largest = row[j] > largest ? row[j] : largest;
+  // In place, down the columns.
+  PROXT2I_INLINE void softmax(T* scores, int64_t keys, int64_t rows, T* largest, T* sums) const {
+    for (int64_t i = 0; i < rows; i += lanes) {
+      T top[lanes], sum[lanes];
+      for (int64_t l = 0; l < lanes; ++l) top[l] = -std::numeric_limits<T>::infinity(), sum[l] = 0;
+      for (int64_t j = 0; j < keys; ++j) {
 #pragma omp simd
-    for (int64_t j = 0; j < width; ++j) row[j] = j < keys ? exponential(row[j] - largest) : T{0};
-    const T sum = sum_of<T>(width, [&](int64_t j) { return row[j]; }), inverse = keys > 0 ? 1 / sum : T{0};
+        for (int64_t l = 0; l < lanes; ++l) top[l] = scores[j * rows + i + l] > top[l] ? scores[j * rows + i + l] : top[l];
+      }
+      for (int64_t j = 0; j < keys; ++j) {
 #pragma omp simd
-    for (int64_t j = 0; j < width; ++j) row[j] *= inverse;
-    return largest + std::log(sum);
+        for (int64_t l = 0; l < lanes; ++l) {
+          const T p = exponential(scores[j * rows + i + l] - top[l]);
+          scores[j * rows + i + l] = p;
+          sum[l] += p;
+        }
+      }
+      T inverse[lanes];
+#pragma omp simd
+      for (int64_t l = 0; l < lanes; ++l) inverse[l] = 1 / sum[l];
+      for (int64_t j = 0; j < keys; ++j) {
+#pragma omp simd
+        for (int64_t l = 0; l < lanes; ++l) scores[j * rows + i + l] *= inverse[l];
+      }
+#pragma omp simd
+      for (int64_t l = 0; l < lanes; ++l) largest[i + l] = top[l], sums[i + l] = sum[l];
+    }
   }
 };
 
@@ -187,56 +208,85 @@ struct Backward : Head<T> {
 
   template <Isa isa>
   PROXT2I_INLINE void chunk(int64_t head, int64_t, int64_t) const {
-    const int64_t M = this->queries, N = this->tokens, D = this->dim, width = this->width(), keys = this->keys(head);
+    const int64_t M = this->queries, N = this->tokens, D = this->dim, rows = padded(M), width = this->width(), keys = this->keys(head);
     const int64_t stride = this->token_stride(), out_stride = this->out_stride();
-    T* q = workspace<T>((2 * M + 2 * N + 2 * width) * D + 2 * M * width);
-    T *k = q + M * D, *k_columns = k + N * D, *v_columns = k_columns + width * D, *grad_q = v_columns + width * D, *grad_k = grad_q + M * D;
-    T *p = grad_k + N * D, *grad_scores = p + M * width;
-    const T *grad_out = this->grad_out + this->out_at(head), *out = this->out + this->out_at(head);
-    this->normalized(head, 0, N - M, M, this->q_weight, this->scale, q);
-    this->normalized(head, 1, 0, N, this->k_weight, T{1}, k);
-    this->transpose(k, D, N, k_columns);
-    this->transpose(this->qkv + this->at(head, 2), stride, N, v_columns);
-    product(q, D, 1, k_columns, width, M, width, D, p, width);
-    product(grad_out, out_stride, 1, v_columns, width, M, width, D, grad_scores, width);
-    for (int64_t i = 0; i < M; ++i) {
-      const T *g = grad_out + i * out_stride, *o = out + i * out_stride, lse = this->lse[head * M + i];
-      const T delta = sum_of<T>(D, [&](int64_t d) { return g[d] * o[d]; });
-      T *p_row = p + i * width, *grad_row = grad_scores + i * width;
-#pragma omp simd
-      for (int64_t j = 0; j < width; ++j) {
-        p_row[j] = j < keys ? exponential(p_row[j] - lse) : T{0};
-        grad_row[j] = j < keys ? p_row[j] * (grad_row[j] - delta) : T{0};
-      }
-    }
-    product(p, 1, width, grad_out, out_stride, N, D, M, this->grad_qkv + this->at(head, 2), stride);
-    product(grad_scores, width, 1, k, D, M, D, keys, grad_q, D);
-    product(grad_scores, 1, width, q, D, N, D, M, grad_k, D);
+    T* q = workspace<T>((2 * rows + width + 2 * M + 2 * N) * D + (2 * N + 1) * rows + width);
+    T *k = q + rows * D, *g = k + width * D, *q_rows = g + rows * D, *k_rows = q_rows + M * D, *grad_q = k_rows + N * D, *grad_k = grad_q + M * D;
+    T *p = grad_k + N * D, *grad_scores = p + N * rows, *q_inverse = grad_scores + N * rows, *k_inverse = q_inverse + rows;
+    const T *grad_out = this->grad_out + this->out_at(head);
+    const T *x_q = this->qkv + this->at(head, 0) + (N - M) * stride, *x_k = this->qkv + this->at(head, 1);
+    this->columns(x_q, stride, M, this->q_weight, this->scale, q, rows, q_inverse);
+    this->columns(x_k, stride, N, this->k_weight, T{1}, k, width, k_inverse);
+    this->transpose(grad_out, out_stride, M, g, rows);
+    product(k, 1, width, q, rows, keys, rows, D, p, rows);
+    product(this->qkv + this->at(head, 2), stride, 1, g, rows, keys, rows, D, grad_scores, rows);
+    grad_softmax(this->lse + head * M, M, keys, rows, p, grad_scores);
+    std::fill(p + keys * rows, p + N * rows, T{0});
+    std::fill(grad_scores + keys * rows, grad_scores + N * rows, T{0});
+    normalized(x_q, M, this->q_weight, q_inverse, q_rows);
+    normalized(x_k, N, this->k_weight, k_inverse, k_rows);
+    product(p, rows, 1, grad_out, out_stride, N, D, M, this->grad_qkv + this->at(head, 2), stride);
+    product(grad_scores, 1, rows, k_rows, D, M, D, keys, grad_q, D);
+    product(grad_scores, rows, 1, q_rows, D, N, D, M, grad_k, D);
     for (int64_t i = 0; i < N - M; ++i) {  // tokens that do not ask
       T* grad = this->grad_qkv + this->at(head, 0) + i * stride;
       for (int64_t d = 0; d < D; ++d) grad[d] = 0;
     }
-    unnormalized(head, 0, N - M, M, this->q_weight, this->scale, grad_q, this->grad_q_weight);
-    unnormalized(head, 1, 0, N, this->k_weight, T{1}, grad_k, this->grad_k_weight);
+    unnormalized(head, 0, N - M, M, this->q_weight, this->scale, q_inverse, grad_q, this->grad_q_weight);
+    unnormalized(head, 1, 0, N, this->k_weight, T{1}, k_inverse, grad_k, this->grad_k_weight);
   }
 
-  // The gradient of Head::normalized: from that of its rows to those of qkv and of the weight.
-  PROXT2I_INLINE void unnormalized(int64_t head, int64_t part, int64_t first, int64_t count, const T* weight, T factor, const T* grads,
-                                   T* grad_weights) const {
+  // p: from scores to probabilities; grad_scores: from the gradient of those to that of the scores. Both in place, [keys, rows].
+  PROXT2I_INLINE void grad_softmax(const T* lse, int64_t M, int64_t keys, int64_t rows, T* p, T* grad_scores) const {
+    for (int64_t i = 0; i < rows; i += lanes) {
+      T log_sums[lanes], deltas[lanes] = {};
+      for (int64_t l = 0; l < lanes; ++l) log_sums[l] = i + l < M ? lse[i + l] : T{0};
+      for (int64_t j = 0; j < keys; ++j) {
+        T *p_row = p + j * rows + i, *grad_row = grad_scores + j * rows + i;
+#pragma omp simd
+        for (int64_t l = 0; l < lanes; ++l) {
+          p_row[l] = exponential(p_row[l] - log_sums[l]);
+          deltas[l] += p_row[l] * grad_row[l];
+        }
+      }
+      for (int64_t j = 0; j < keys; ++j) {
+        T *p_row = p + j * rows + i, *grad_row = grad_scores + j * rows + i;
+#pragma omp simd
+        for (int64_t l = 0; l < lanes; ++l) grad_row[l] = p_row[l] * (grad_row[l] - deltas[l]);
+      }
+    }
+  }
+
+  // rows [count, dim] = inverse * weight * x, one token after the other.
+  PROXT2I_INLINE void normalized(const T* x, int64_t count, const T* weight, const T* inverse, T* rows) const {
+    for (int64_t i = 0; i < count; ++i, x += this->token_stride(), rows += this->dim) {
+      if (weight == nullptr) {
+#pragma omp simd
+        for (int64_t d = 0; d < this->dim; ++d) rows[d] = inverse[i] * x[d];
+      } else {
+#pragma omp simd
+        for (int64_t d = 0; d < this->dim; ++d) rows[d] = inverse[i] * x[d] * weight[d];
+      }
+    }
+  }
+
+  // The gradient of Head::columns: from that of its columns, one a row of `grads`, to those of qkv and of the weight.
+  PROXT2I_INLINE void unnormalized(int64_t head, int64_t part, int64_t first, int64_t count, const T* weight, T factor, const T* inverse,
+                                   const T* grads, T* grad_weights) const {
     const int64_t D = this->dim, start = this->at(head, part) + first * this->token_stride();
     T* of_weight = grad_weights + head * D;
     for (int64_t d = 0; weight != nullptr && d < D; ++d) of_weight[d] = 0;
     for (int64_t i = 0; i < count; ++i, grads += D) {
       const T* x = this->qkv + start + i * this->token_stride();
       T* grad = this->grad_qkv + start + i * this->token_stride();
+      const T f = inverse[i];
       if (weight == nullptr) {
 #pragma omp simd
-        for (int64_t d = 0; d < D; ++d) grad[d] = factor * grads[d];
+        for (int64_t d = 0; d < D; ++d) grad[d] = f * grads[d];
         continue;
       }
-      const T inverse = this->inverse_rms(x), f = factor * inverse;
       const T dot = sum_of<T>(D, [&](int64_t d) { return grads[d] * weight[d] * x[d]; });
-      const T pull = f * inverse * inverse * dot / static_cast<T>(D);
+      const T pull = f * f / (factor * factor) * f * dot / static_cast<T>(D);
 #pragma omp simd
       for (int64_t d = 0; d < D; ++d) {
         grad[d] = f * grads[d] * weight[d] - pull * x[d];
