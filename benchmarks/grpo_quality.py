@@ -1,6 +1,6 @@
 """What GRPO makes of a proximal network and of its score twin: the same images, rewards and judge, before and after, in few steps.
 
-    python benchmarks/grpo_quality.py [--pretrain 40000] [--images 10240] [--ranks 2] [--steps 4 6 10] [section.key=value of GRPO ...]
+    python benchmarks/grpo_quality.py [--pretrain 40000] [--images 6144] [--ranks 2] [--steps 4 6 10] [section.key=value of GRPO ...]
 
 1. Trains both networks on `--pretrain` images: configs/demo.yaml, and the same with objective=score (--prox, --score: folders instead).
 2. Tunes both with configs/grpo_portraits.yaml for `--images` images in 4 steps: the proximal one by the plan `relaxed` without memory, the
@@ -107,7 +107,7 @@ def table(rows: list[dict]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--pretrain", type=int, default=40_000, help="images of the pretraining of both (default: 40000)")
-    parser.add_argument("--images", type=int, default=10_240, help="images of GRPO (default: 10240)")
+    parser.add_argument("--images", type=int, default=6_144, help="images of GRPO (default: 6144)")
     parser.add_argument("--steps", type=int, nargs="+", default=[4, 6, 10])
     parser.add_argument("--prompts", type=int, default=1024, help="held-out prompts, one picture each (default: 1024)")
     parser.add_argument("--diversity-prompts", type=int, default=32, help=f"of them drawn {PER_GROUP} times (default: 32)")
