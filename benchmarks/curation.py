@@ -30,11 +30,12 @@ from PIL import Image
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 from faulty_shards import encoded, picture  # noqa: E402
 
-from proxt2i.curation import pictures  # noqa: E402
-from proxt2i.curation import run as run_module  # noqa: E402
+from proxt2i.curation import samples, scan as scan_module  # noqa: E402
 from proxt2i.curation.config import load_curation  # noqa: E402
-from proxt2i.curation.pictures import Chunk  # noqa: E402
-from proxt2i.curation.run import CHUNK, STAGES, Run, rules_of, run_stages  # noqa: E402
+from proxt2i.curation.samples import Chunk  # noqa: E402
+from proxt2i.curation.run import Run  # noqa: E402
+from proxt2i.curation.scan import CHUNK, rules_of  # noqa: E402
+from proxt2i.curation.stages import STAGES, run_stages  # noqa: E402
 from proxt2i.curation.sources import find_units  # noqa: E402
 from proxt2i.curation.workers import Workers  # noqa: E402
 
@@ -54,7 +55,7 @@ def write_images(folder: Path, images: int, size: int) -> None:
 
 
 def decode_chunk(chunk: Chunk) -> list[int]:
-    with pictures.Files(chunk.files) as files:
+    with samples.Files(chunk.files) as files:
         sizes = []
         for raw in chunk.samples:
             with Image.open(io.BytesIO(files.read(raw.spans[0]))) as image:
@@ -92,11 +93,11 @@ def curate(data: Path, out: Path, workers: int, stages=STAGES) -> float:
 
 def curate_alone(data: Path, out: Path, stages=STAGES) -> float:
     """CPU seconds, all work in this process."""
-    original, run_module.num_workers = run_module.num_workers, lambda config: 0
+    original, scan_module.num_workers = scan_module.num_workers, lambda config: 0
     try:
         return curate(data, out, 0, stages)
     finally:
-        run_module.num_workers = original
+        scan_module.num_workers = original
 
 
 class Memory(threading.Thread):

@@ -16,11 +16,11 @@ import pytest
 from faulty_shards import assert_as_expected, die_of_seven, encoded, picture, read_result, write_faulty_shards
 from PIL import Image
 
-from proxt2i.curation import dedup, pictures
+from proxt2i.curation import dedup, pictures, samples
 from proxt2i.curation.__main__ import main, task_of
 from proxt2i.curation.config import load_curation
-from proxt2i.curation.pictures import Chunk, Rules
-from proxt2i.curation.run import record_dtype
+from proxt2i.curation.samples import Chunk, Rules
+from proxt2i.curation.scan import record_dtype
 from proxt2i.curation.sources import IMAGE, Raw, find_units
 from proxt2i.curation.workers import Workers
 from proxt2i.data.index import index_shards
@@ -311,7 +311,7 @@ def look(tmp_path, data, metadata=None, text=b"a caption", extension="jpg", key=
     (tmp_path / "file").write_bytes(data + text + json.dumps(metadata or {}).encode())
     spans = ((0, 0, len(data)), (0, len(data), len(text)), (0, len(data) + len(text), len(json.dumps(metadata or {}))))
     rules = {"min_short": 32, **rules}
-    return pictures.inspect_chunk(Chunk((str(tmp_path / "file"),), (Raw(key, extension, spans),), Rules(**rules)))[0]
+    return samples.inspect_chunk(Chunk((str(tmp_path / "file"),), (Raw(key, extension, spans),), Rules(**rules)))[0]
 
 
 def test_filters(tmp_path):

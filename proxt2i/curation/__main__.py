@@ -50,7 +50,8 @@ def task_of(args: argparse.Namespace, environment=os.environ) -> tuple[int, int]
 def main(argv: list[str] | None = None) -> int:
     args = parse_args(argv)
     try:
-        from proxt2i.curation.run import SHARED, STAGES, Run, run_stages
+        from proxt2i.curation.run import Run
+        from proxt2i.curation.stages import SHARED, STAGES, run_stages
 
         if args.stage is not None and args.stage not in STAGES:
             raise ValueError(f"--stage {args.stage}: there are {', '.join(STAGES)}")
