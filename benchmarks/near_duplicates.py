@@ -19,7 +19,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageEnhance
 
-from proxt2i.curation import dedup, pictures, samples
+from proxt2i.curation import dedup, hashes, pictures, samples
 from proxt2i.curation.config import Curation
 from proxt2i.curation.scan import record_dtype
 
@@ -58,7 +58,7 @@ def record(data: bytes) -> np.ndarray:
         found.size = image.size
         samples.describe(image, found, 0)
     row = np.zeros(1, record_dtype(1))
-    row["hashes"], row["thumb"] = found.hashes, np.frombuffer(found.thumb, np.uint8)
+    row["hashes"], row["thumb"] = hashes.perceptual_hashes(found.small[None]), hashes.thumbnails(found.small[None])
     row["sha256"] = np.random.default_rng(len(data)).integers(0, 256, 32)
     row["width"], row["height"] = found.size
     return row

@@ -13,7 +13,8 @@ from PIL import Image
 FORMATS = ("JPEG", "PNG", "WEBP")
 REPAIRS = ("EXIF rotation", "CMYK", "wrong extension")  # bit i of Inspection.repairs; the first two need the picture to be encoded again
 REENCODE = 0b011
-LARGE = 4_000_000  # pixels
+LARGE = 4_000_000  # pixels, see is_large
+LARGE_FILE = 16_000_000  # bytes: such files are read one at a time
 Image.MAX_IMAGE_PIXELS = None  # Rules.max_pixels is the cap, and is looked at before decoding
 
 
@@ -91,16 +92,31 @@ def load(image: Image.Image, least: int = 0) -> None:
         raise Unusable("image is cut short" if cut else "image cannot be decoded") from error
 
 
+def is_large(image: Image.Image) -> bool:
+    """Whether decoding takes so much memory that it is done for one picture at a time: 24 bytes a pixel of a WebP, 6 to 8 of a progressive JPEG.
+
+    Other JPEGs are decoded at a fraction of their size."""
+    return image.width * image.height > LARGE and (image.format != "JPEG" or bool(image.info.get("progressive")))
+
+
+_mine = False  # this process has the lock
+
+
 @contextmanager
-def one_large_picture_at_a_time(image: Image.Image):
-    """On this machine: decoding a WebP takes 24 bytes a pixel. A JPEG is decoded at a fraction of its size. The lock goes with its process."""
-    if image.format == "JPEG" or image.width * image.height <= LARGE:
+def one_at_a_time(large: bool):
+    """If `large`, wait until no other process on this machine is within. The lock goes with its process; what has it passes again."""
+    global _mine
+    if not large or _mine:
         yield
         return
     with open(__file__) as file:
         with suppress(OSError):  # a file system without locks
             fcntl.flock(file, fcntl.LOCK_EX)
-        yield
+        _mine = True
+        try:
+            yield
+        finally:
+            _mine = False
 
 
 def _broken(data: bytes, kind: str) -> str:
@@ -138,7 +154,7 @@ def upright(image: Image.Image, turn: int) -> Image.Image:
 
 def full_picture(data: bytes, max_pixels: int, least: int = 0) -> Image.Image:
     """Decoded, upright, RGB. least: see load."""
-    with open_picture(data, max_pixels) as image, one_large_picture_at_a_time(image):
+    with open_picture(data, max_pixels) as image, one_at_a_time(is_large(image)):
         load(image, least)
         return upright(to_rgb(image), orientation(image))
 

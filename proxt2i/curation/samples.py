@@ -13,11 +13,12 @@ from dataclasses import dataclass, replace
 import numpy as np
 from PIL import Image, ImageOps
 
-from proxt2i.curation.hashes import SMALL, THUMB, perceptual_hashes
-from proxt2i.curation.pictures import REPAIRS, Unusable, full_picture, load, one_large_picture_at_a_time, open_picture, orientation, sniff, to_rgb, upright
+from proxt2i.curation.hashes import SMALL, perceptual_hashes, thumbnails
+from proxt2i.curation.pictures import LARGE_FILE, REPAIRS, Unusable, full_picture, is_large, load, one_at_a_time, open_picture, orientation, sniff, to_rgb, upright
 from proxt2i.curation.sources import IMAGE, JSON, TEXT, Raw
 
 MAX_TEXT_BYTES = 1 << 20
+LEAST = 2 * SMALL  # short edge down to which a picture may be reduced before it is made small (pixels)
 
 
 @dataclass(frozen=True)
@@ -61,15 +62,21 @@ class Inspection:
     caption: str = ""
     score: float = float("nan")
     crop: np.ndarray | None = None  # uint8 [rules.crop, rules.crop, 3]
+    small: np.ndarray | None = None  # uint8 [32, 32, 3], until hashes and thumb have been made of it
 
 
 def inspect_chunk(chunk: Chunk) -> list[Inspection] | OSError:
     """An OSError is a result here: it concerns the shard, not the run."""
     try:
         with Files(chunk.files) as files:
-            return [inspect(files, raw, chunk.rules) for raw in chunk.samples]
+            found = [inspect(files, raw, chunk.rules) for raw in chunk.samples]
     except OSError as error:
         return error
+    if seen := [one for one in found if one.small is not None]:
+        small = np.stack([one.small for one in seen])
+        for one, hashes, thumb in zip(seen, perceptual_hashes(small), thumbnails(small)):
+            one.hashes, one.thumb, one.small = hashes, thumb.tobytes(), None
+    return found
 
 
 def crashed(chunk: Chunk) -> list[Inspection]:
@@ -116,32 +123,36 @@ def inspect(files: Files, raw: Raw, rules: Rules) -> Inspection:
         if raw.spans[IMAGE][2] > rules.max_bytes:
             raise Unusable("more bytes than allowed")
         metadata, found.caption = read_text(files, raw, rules.require_caption)
-        data = files.read(raw.spans[IMAGE])
-        found.sha256 = hashlib.sha256(data).digest()
-        if found.sha256 in rules.placeholders:
-            raise Unusable("known placeholder")
-        if sniff(data) != {"jpg": "JPEG", "jpeg": "JPEG"}.get(raw.extension, raw.extension.upper()):
-            found.repairs |= 1 << REPAIRS.index("wrong extension")
-        with open_picture(data, rules.max_pixels) as image:
-            found.size = image.size
-            if rules.check_pairs:
-                check_pair(raw, metadata, found)
-            check_metadata(metadata, rules)
-            if min(image.size) < rules.min_short:
-                raise Unusable("short edge too short")
-            if max(image.size) / min(image.size) > rules.max_aspect:
-                raise Unusable("aspect ratio out of range")
-            found.hands = hands_of(metadata, rules.hand_keys)
-            describe(image, found, rules.crop)
+        with one_at_a_time(raw.spans[IMAGE][2] > LARGE_FILE):
+            inspect_image(files.read(raw.spans[IMAGE]), raw, metadata, rules, found)
     except Unusable as error:
         found.cause = str(error)
     return found
 
 
+def inspect_image(data: bytes, raw: Raw, metadata: dict, rules: Rules, found: Inspection) -> None:
+    found.sha256 = hashlib.sha256(data).digest()
+    if found.sha256 in rules.placeholders:
+        raise Unusable("known placeholder")
+    if sniff(data) != {"jpg": "JPEG", "jpeg": "JPEG"}.get(raw.extension, raw.extension.upper()):
+        found.repairs |= 1 << REPAIRS.index("wrong extension")
+    with open_picture(data, rules.max_pixels) as image:
+        found.size = image.size
+        if rules.check_pairs:
+            check_pair(raw, metadata, found)
+        check_metadata(metadata, rules)
+        if min(image.size) < rules.min_short:
+            raise Unusable("short edge too short")
+        if max(image.size) / min(image.size) > rules.max_aspect:
+            raise Unusable("aspect ratio out of range")
+        found.hands = hands_of(metadata, rules.hand_keys)
+        describe(image, found, rules.crop)
+
+
 def describe(image: Image.Image, found: Inspection, crop: int) -> None:
-    """Decode and fill in the rest of `found`."""
-    least = max(2 * crop, 6 * SMALL)
-    with one_large_picture_at_a_time(image):
+    """Decode and fill in the rest of `found`; `small` stands for hashes and thumb."""
+    least = max(2 * crop, LEAST)
+    with one_at_a_time(is_large(image)):
         load(image, least)
         turn, cmyk = orientation(image), image.mode == "CMYK"
         factor = min(image.size) // least
@@ -156,13 +167,11 @@ def describe(image: Image.Image, found: Inspection, crop: int) -> None:
         found.repairs |= 1 << REPAIRS.index("CMYK")
     try:
         rgb = to_rgb(image)
-        small = np.asarray(upright(rgb.resize((SMALL, SMALL), Image.Resampling.BILINEAR), turn))
+        found.small = np.asarray(upright(rgb.resize((SMALL, SMALL), Image.Resampling.BILINEAR), turn))
         if crop:
             found.crop = np.asarray(upright(ImageOps.fit(rgb, (crop, crop), Image.Resampling.BICUBIC), turn))
     except Exception as error:  # conversions of odd modes
         raise Unusable("image cannot be decoded") from error
-    found.hashes = perceptual_hashes(small)
-    found.thumb = small.reshape(THUMB, SMALL // THUMB, THUMB, SMALL // THUMB, 3).mean((1, 3)).round().astype(np.uint8).tobytes()
 
 
 # -- text and JSON ----------------------------------------------------------------------------------------------------
