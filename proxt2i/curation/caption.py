@@ -47,7 +47,7 @@ def _caption(run: Run, markers: list[dict], codes: list[str], captioner, todo: l
                 yield (number, inputs, start == starts[-1]), Shown(tuple(map(str, run.units[number].files)), tuple(spans), most, run.config.read.max_pixels)
 
     started, seen, answers = time.monotonic(), 0, []
-    with Workers(num_workers(run.config) if captioner else 0) as workers, run.bar([run.units[number] for number, _ in todo], "captioning") as bar:
+    with Workers(num_workers(run.config) if captioner else 0) as workers, run.bar([run.units[number] for number, _ in todo] if captioner else [], "captioning") as bar:
         for (number, inputs, last), shown in workers.ordered(jobs(), samples.show_chunk, ahead=1):
             name = run.units[number].name
             if isinstance(shown, OSError):
