@@ -19,9 +19,9 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageEnhance
 
-from proxt2i.curation import dedup, pictures
+from proxt2i.curation import dedup, hashes, pictures, samples
 from proxt2i.curation.config import Curation
-from proxt2i.curation.run import record_dtype
+from proxt2i.curation.scan import record_dtype
 
 
 def stored(image: Image.Image, kind: str = "JPEG", quality: int = 92) -> bytes:
@@ -53,12 +53,12 @@ def copies(image: Image.Image, rng: random.Random) -> dict[str, bytes]:
 
 
 def record(data: bytes) -> np.ndarray:
-    found = pictures.Inspection()
+    found = samples.Inspection()
     with pictures.open_picture(data, 10**9) as image:
         found.size = image.size
-        pictures.describe(image, found, 0)
+        samples.describe(image, found, 0)
     row = np.zeros(1, record_dtype(1))
-    row["hashes"], row["thumb"] = found.hashes, np.frombuffer(found.thumb, np.uint8)
+    row["hashes"], row["thumb"] = hashes.perceptual_hashes(found.small[None]), hashes.thumbnails(found.small[None])
     row["sha256"] = np.random.default_rng(len(data)).integers(0, 256, 32)
     row["width"], row["height"] = found.size
     return row

@@ -52,7 +52,7 @@ def look_at(arguments: list[str]):
     units = find_units(own.data, config.read.files_per_part)
     state.check_free(own.out, config, str(own.data.resolve()))
     if config.caption.model is not None:
-        from proxt2i.curation.caption import check_folder
+        from proxt2i.curation.captioner import check_folder
 
         check_folder(config.caption.model)
     return own, config, units

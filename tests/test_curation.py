@@ -1,5 +1,6 @@
 """Curation: planted faults are caught under their own cause and nothing good is lost, whoever does which part, and however often it is killed."""
 
+import fcntl
 import io
 import json
 import os
@@ -16,11 +17,12 @@ import pytest
 from faulty_shards import assert_as_expected, die_of_seven, encoded, picture, read_result, write_faulty_shards
 from PIL import Image
 
-from proxt2i.curation import dedup, pictures
+from proxt2i.curation import dedup, pictures, samples
 from proxt2i.curation.__main__ import main, task_of
 from proxt2i.curation.config import load_curation
-from proxt2i.curation.pictures import Chunk, Rules
-from proxt2i.curation.run import record_dtype
+from proxt2i.curation.hashes import perceptual_hashes, thumbnails
+from proxt2i.curation.samples import Chunk, Rules
+from proxt2i.curation.scan import record_dtype
 from proxt2i.curation.sources import IMAGE, Raw, find_units
 from proxt2i.curation.workers import Workers
 from proxt2i.data.index import index_shards
@@ -311,7 +313,7 @@ def look(tmp_path, data, metadata=None, text=b"a caption", extension="jpg", key=
     (tmp_path / "file").write_bytes(data + text + json.dumps(metadata or {}).encode())
     spans = ((0, 0, len(data)), (0, len(data), len(text)), (0, len(data) + len(text), len(json.dumps(metadata or {}))))
     rules = {"min_short": 32, **rules}
-    return pictures.inspect_chunk(Chunk((str(tmp_path / "file"),), (Raw(key, extension, spans),), Rules(**rules)))[0]
+    return samples.inspect_chunk(Chunk((str(tmp_path / "file"),), (Raw(key, extension, spans),), Rules(**rules)))[0]
 
 
 def test_filters(tmp_path):
@@ -350,6 +352,43 @@ def test_a_picture_has_one_hash_however_it_is_stored(tmp_path, turn):
     assert np.abs(one.crop.astype(int) - other.crop).mean() < 4 and other.repairs == (turn != 1)
     extension, data = pictures.repaired(encoded(stored, quality=95, exif=exif), other.repairs, 10**6)
     assert np.abs(np.asarray(Image.open(io.BytesIO(data))).astype(int) - np.asarray(image)).mean() < 8
+
+
+def test_what_a_picture_gets_does_not_depend_on_its_batch():
+    small = np.random.default_rng(0).integers(0, 256, (33, 32, 32, 3), dtype=np.uint8)
+    small[0], small[1] = 7, small[1, :1]  # flat; rows that are all the same
+    hashes, thumbs = perceptual_hashes(small), thumbnails(small)
+    for start, stop in ((0, 1), (0, 7), (5, 6), (17, 33)):
+        assert (perceptual_hashes(small[start:stop]) == hashes[start:stop]).all() and (thumbnails(small[start:stop]) == thumbs[start:stop]).all()
+    flipped = perceptual_hashes(np.ascontiguousarray(small[2:, :, ::-1]))
+    assert (flipped[:, ::-1] == hashes[2:]).mean() > 0.98  # but for sums that round otherwise
+
+
+def test_pictures_that_take_much_memory_are_decoded_one_at_a_time(monkeypatch):
+    monkeypatch.setattr(pictures, "LARGE", 999)
+    image = Image.new("RGB", (40, 25))
+    for data, large in ((encoded(image), False), (encoded(image, progressive=True), True), (encoded(image, "WEBP"), True), (encoded(image, "PNG"), True),
+                        (encoded(image.resize((37, 27)), "PNG"), False)):
+        with pictures.open_picture(data, 10**6) as opened:
+            assert pictures.is_large(opened) == large
+
+    def free() -> bool:
+        with open(pictures.__file__) as other:
+            try:
+                fcntl.flock(other, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                return False
+            return True
+
+    assert free()
+    with pictures.one_at_a_time(False):
+        assert free()
+    with pictures.one_at_a_time(True):
+        assert not free()
+        with pictures.one_at_a_time(True):  # what has it passes
+            assert not free()
+        assert not free()
+    assert free()
 
 
 def test_a_sample_that_kills_its_process_costs_only_itself():

@@ -10,7 +10,7 @@ from PIL import Image
 from tiny_models import teach, write_aesthetic, write_qwen
 
 from proxt2i.curation.__main__ import main
-from proxt2i.curation.caption import Captioner, judge
+from proxt2i.curation.captioner import Captioner, judge
 from proxt2i.curation.config import CaptionConfig, Curation, load_curation
 from proxt2i.curation.models import ClipHands, Scores, load_detector
 from proxt2i.curation.pictures import full_picture

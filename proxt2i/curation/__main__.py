@@ -22,13 +22,16 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser("python -m proxt2i.curation", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("data", type=Path, metavar="SHARDS", help="folder of .tar shards, or of images (captions beside them as NAME.txt)")
     parser.add_argument("out", type=Path, metavar="OUT", help="folder for the result")
-    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="settings; proxt2i/curation/config.py lists them")
+    parser.add_argument("overrides", nargs="*", default=[], metavar="section.key=value", help="settings; proxt2i/curation/config.py lists them")
     parser.add_argument("--config", type=Path, action="append", default=[], metavar="YAML", help="file of settings; later ones win")
     parser.add_argument("--stage", metavar="STAGE", help="only this one: scan, dedup, caption, write or merge (default: all, in this order)")
     parser.add_argument("--task-index", type=int, metavar="I", help="this task's number from 0 on (default: Slurm's array task, or 0)")
     parser.add_argument("--task-count", type=int, metavar="N", help="tasks that share a stage (default: Slurm's array, or 1)")
     parser.add_argument("--quiet", action="store_true", help="no progress bar")
-    return parser.parse_intermixed_args(argv)
+    args, unknown = parser.parse_known_intermixed_args(argv)
+    if unknown:
+        parser.error(f"unrecognized arguments: {' '.join(unknown)} (settings have no dashes: filter.min_short=512)")
+    return args
 
 
 def task_of(args: argparse.Namespace, environment=os.environ) -> tuple[int, int]:
@@ -50,7 +53,8 @@ def task_of(args: argparse.Namespace, environment=os.environ) -> tuple[int, int]
 def main(argv: list[str] | None = None) -> int:
     args = parse_args(argv)
     try:
-        from proxt2i.curation.run import SHARED, STAGES, Run, run_stages
+        from proxt2i.curation.run import Run
+        from proxt2i.curation.stages import SHARED, STAGES, run_stages
 
         if args.stage is not None and args.stage not in STAGES:
             raise ValueError(f"--stage {args.stage}: there are {', '.join(STAGES)}")
@@ -72,6 +76,8 @@ def main(argv: list[str] | None = None) -> int:
             print(f"  {count:>12,}  {cause}")
         for line in summary["damaged_shards"]:
             print(f"  damaged: {line}")
+        if "held_out" not in summary["splits"]:
+            print("  no picture is held out, so there are no prompts for evaluation: write.held_out=0.05 and a new OUT would have some")
         print(f"report: {args.out / 'report.html'}\ntrain on it: deepspeed proxt2i/train.py --deepspeed configs/zero2.json data.shards={args.out / 'train'} ...")
     elif "images" in summary:
         print(f"{args.stage}: {summary['images']:,} images in {summary['seconds']:,.1f} s, {summary['images'] / max(summary['seconds'], 1e-9):,.1f} images/s")

@@ -1,133 +1,105 @@
-"""Captions by Qwen2.5-VL through transformers: a batch of pictures in, one caption a picture out, failures told apart."""
+"""The stage that captions what is left, and says of every sample where it goes."""
 
 from __future__ import annotations
 
-import re
-from collections import Counter
-from dataclasses import dataclass
-from pathlib import Path
+import json
+import time
 
 import numpy as np
-import torch
+from proxt2i.curation import samples, state
+from proxt2i.curation.config import Curation
+from proxt2i.curation.dedup import deduplicated, survivors
+from proxt2i.curation.run import Run, each_tried, finish, num_workers
+from proxt2i.curation.samples import Shown
+from proxt2i.curation.scan import raw_of, scanned
+from proxt2i.curation.sources import IMAGE
+from proxt2i.curation.workers import Workers
 
-from proxt2i.curation.config import CaptionConfig
-from proxt2i.models.files import check_component, check_loaded
-from proxt2i.rewards.base import DTYPES
-
-HOW_TO_GET = ("get it with\n  hf download Qwen/Qwen2.5-VL-7B-Instruct --local-dir {folder}\n(17 GB; note the commit), or give another folder of a Qwen2.5-VL in "
-              "caption.model. Without caption.model the captions stay as they are")
-# Answers that speak of the model or the request instead of the picture.
-REFUSAL = re.compile(r"^\W*(i'?m sorry|sorry,|i apologi[sz]e|i can('|no)?t\b|i cannot|i am (not able|unable)|i'?m (not able|unable)|as an ai|unfortunately, i|"
-                     r"i do not have the ability|it is not possible (for me )?to)|\bas an ai (language )?model\b", re.IGNORECASE)
-INTRODUCTION = re.compile(r"^\W*(sure|certainly|of course|here is|here's|caption|description)\b[^:.\n]{0,60}:\s*", re.IGNORECASE)
-WINDOW = (4, 4)  # a run of this many words that comes this often is a loop
+SPLITS = ("train", "held_out", "hands")
 
 
-@dataclass
-class Answer:
-    caption: str  # "" after a failure
-    trouble: str = ""  # of the last attempt that failed: empty, refusal, loop, unfinished
-    attempts: int = 1
+def split_of(config: Curation, record) -> str:
+    """train, held_out or hands: by the hash of the content, so the same picture goes the same way in every curation."""
+    if int.from_bytes(record["sha256"][:8].tobytes(), "big") < config.write.held_out * 2**64:
+        return "held_out"
+    return "hands" if config.write.hands_apart and record["hands"] == 1 else "train"
 
 
-def judge(text: str, finished: bool) -> tuple[str, str]:
-    """(caption, trouble): the model's text without introduction and line breaks, and what is wrong with it, "" if nothing is.
-
-    An unfinished text is cut after its last whole sentence; it is a failure only if that leaves fewer than 8 words.
-    """
-    caption = " ".join(INTRODUCTION.sub("", text.strip()).split()).strip('"“” ')
-    words = re.findall(r"\w+", caption.lower())
-    if len(words) < 3:
-        return "", "empty"
-    if REFUSAL.search(caption):
-        return "", "refusal"
-    runs = Counter(tuple(words[i:i + WINDOW[0]]) for i in range(len(words) - WINDOW[0] + 1))
-    if (runs and max(runs.values()) >= WINDOW[1]) or (len(words) >= 24 and len(set(words)) < len(words) / 6):
-        return "", "loop"
-    if not finished:
-        whole = re.match(r".*[.!?](?=\s|$)", caption, re.DOTALL)
-        if whole is None or len(whole[0].split()) < 8:
-            return "", "unfinished"
-        caption = whole[0]
-    return caption, ""
+def caption(run: Run) -> dict:
+    markers = scanned(run)
+    codes = deduplicated(run, markers)
+    todo = [(number, inputs) for number in run.mine(list(range(len(run.units))))
+            if state.read_marker(run.marker_path("caption", run.units[number].name), inputs := caption_inputs(markers, codes, number)) is None]
+    captioner = run.load("captioner") if run.config.caption.model is not None and todo else None
+    return each_tried(run, "caption", todo, lambda item: run.units[item[0]].name, lambda todo, failed: _caption(run, markers, codes, captioner, todo, failed))
 
 
-class Captioner:
-    """A Qwen2.5-VL with its prompt. (list of uint8 [H, W, 3]) -> list of Answer.
+def _caption(run: Run, markers: list[dict], codes: list[str], captioner, todo: list, failed: dict[str, OSError]) -> dict:
+    size, most = run.config.caption.batch_size, run.config.caption.max_pixels
+    alive: dict[int, np.ndarray] = {}
 
-    The first attempt is greedy, the others are sampled (temperature 0.7) with a seed that is a function of the attempt, so that the same batch
-    on the same device gives the same captions. ValueError when the folder lacks something.
-    """
+    def jobs():
+        for number, inputs in todo:
+            records = alive[number] = survivors(run, number, markers[number], codes[number])
+            starts = range(0, max(1, len(records)), size) if captioner else range(1)
+            for start in starts:
+                spans = [tuple(record["spans"][IMAGE].tolist()) for record in records[start : start + size]] if captioner else []
+                yield (number, inputs, start == starts[-1]), Shown(tuple(map(str, run.units[number].files)), tuple(spans), most, run.config.read.max_pixels)
 
-    def __init__(self, config: CaptionConfig, device: torch.device):
-        from transformers import AutoTokenizer, Qwen2_5_VLForConditionalGeneration
-        from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil  # needs no torchvision
-
-        self.config, folder = config, check_folder(config.model)
-        try:
-            self.tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, padding_side="left")
-            self.processor = Qwen2VLImageProcessorPil.from_pretrained(folder, local_files_only=True)
-            self.model, info = Qwen2_5_VLForConditionalGeneration.from_pretrained(
-                folder, dtype=DTYPES[config.dtype], use_safetensors=True, local_files_only=True, output_loading_info=True)
-        except Exception as error:  # transformers raises many kinds
-            raise ValueError(f"caption.model: cannot load {folder}: {type(error).__name__}: {error}") from error
-        check_loaded(folder, info)
-        self.processor.size = {"shortest_edge": min(56 * 56, config.max_pixels), "longest_edge": config.max_pixels}
-        self.model = self.model.requires_grad_(False).eval().to(device)
-        self.pad = self.tokenizer.convert_ids_to_tokens(self.model.config.image_token_id)
-        self.ends = self.model.generation_config.eos_token_id
-        self.ends = set(self.ends if isinstance(self.ends, list) else [self.ends])
-
-    def __call__(self, pictures: list[np.ndarray]) -> list[Answer]:
-        answers = [Answer("", "empty", 0) for _ in pictures]
-        left = list(range(len(pictures)))
-        for attempt in range(1 + self.config.retries):
-            if not left:
-                break
-            for i, (text, finished) in zip(left, self.generate([pictures[i] for i in left], attempt)):
-                caption, trouble = judge(text, finished)
-                answers[i] = Answer(caption, trouble or answers[i].trouble * bool(attempt), attempt + 1)
-            left = [i for i in left if not answers[i].caption]
-        return answers
-
-    @torch.inference_mode()
-    def generate(self, pictures: list[np.ndarray], attempt: int = 0) -> list[tuple[str, bool]]:
-        """(text, whether it came to its end) for each picture."""
-        inputs = self.inputs(pictures)
-        if attempt:
-            torch.manual_seed(attempt)
-        sampling = dict(do_sample=True, temperature=0.7, top_p=0.9, repetition_penalty=1.05) if attempt else dict(do_sample=False, temperature=None, top_p=None, top_k=None)
-        output = self.model.generate(**{k: v.to(self.model.device) for k, v in inputs.items()}, max_new_tokens=self.config.max_tokens, **sampling)
-        new = output[:, inputs["input_ids"].shape[1]:].tolist()
-        return [(self.tokenizer.decode(tokens, skip_special_tokens=True), bool(self.ends & set(tokens))) for tokens in new]
-
-    def inputs(self, pictures: list[np.ndarray]) -> dict[str, torch.Tensor]:
-        """What the model takes, on the CPU; prompts are padded on the left."""
-        visual = self.processor(images=pictures, return_tensors="pt")
-        merged = (visual["image_grid_thw"].prod(-1) // self.processor.merge_size**2).tolist()
-        text = self.tokenizer([self.prompt(tokens) for tokens in merged], padding=True, return_tensors="pt", add_special_tokens=False)
-        return {"input_ids": text["input_ids"], "attention_mask": text["attention_mask"],
-                "mm_token_type_ids": (text["input_ids"] == self.model.config.image_token_id).long(),
-                "pixel_values": visual["pixel_values"].to(self.model.dtype), "image_grid_thw": visual["image_grid_thw"]}
-
-    def prompt(self, tokens: int) -> str:
-        """Qwen2.5-VL's chat with one picture of `tokens` tokens."""
-        return ("<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n<|im_start|>user\n"
-                f"<|vision_start|>{self.pad * tokens}<|vision_end|>{self.config.prompt}<|im_end|>\n<|im_start|>assistant\n")
+    started, seen, answers = time.monotonic(), 0, []
+    with Workers(num_workers(run.config) if captioner else 0) as workers, run.bar([run.units[number] for number, _ in todo] if captioner else [], "captioning") as bar:
+        for (number, inputs, last), shown in workers.ordered(jobs(), samples.show_chunk, ahead=1):
+            name = run.units[number].name
+            if isinstance(shown, OSError):
+                failed[name] = shown
+            if name in failed:
+                answers = []
+                if last:
+                    del alive[number]
+                continue
+            if shown:
+                answers += captioner(shown)
+                seen += len(shown)
+                bar.update(run.units[number].size * len(shown) // len(alive[number]))
+                bar.set_postfix_str(f"{seen / (time.monotonic() - started):,.1f} images/s", refresh=False)
+            if last:
+                try:
+                    _write_captions(run, number, inputs, alive.pop(number), answers)
+                except OSError as error:
+                    failed[name] = error
+                answers = []
+    return {"images": seen, "seconds": time.monotonic() - started}
 
 
-def check_folder(name: str) -> Path:
-    """The model's folder, complete by its files' headers. ValueError says what is missing and how to get it."""
-    folder = Path(name).expanduser()
-    if not folder.is_dir():
-        raise ValueError(f"caption.model: {folder} does not exist; {HOW_TO_GET.format(folder=folder)}")
-    try:
-        kind = check_component(folder).get("model_type")
-    except ValueError as error:
-        raise ValueError(f"caption.model: {error}; {HOW_TO_GET.format(folder=folder)}") from None
-    if kind != "qwen2_5_vl":
-        raise ValueError(f"caption.model: {folder} holds a {kind}, not a qwen2_5_vl; {HOW_TO_GET.format(folder=folder)}")
-    missing = [file for file in ("tokenizer.json", "preprocessor_config.json") if not (folder / file).is_file()]
+def caption_inputs(markers: list[dict], codes: list[str], number: int) -> str:
+    return state.digest([markers[number]["sha256"], codes[number]])
+
+
+def _write_captions(run: Run, number: int, inputs: str, records: np.ndarray, answers: list) -> None:
+    """A line a record: {"split"; "caption": the new one, or null; "trouble"}; split null: dropped."""
+    troubles: dict[str, int] = {}
+    splits = dict.fromkeys(SPLITS, 0)
+    failed, lines = 0, []
+    with samples.Files([str(path) for path in run.units[number].files]) as files:
+        for i, record in enumerate(records):
+            line = {"split": split_of(run.config, record)}
+            if answers:
+                line |= {"caption": answers[i].caption or None, "trouble": answers[i].trouble}
+                if answers[i].trouble:
+                    troubles[answers[i].trouble] = troubles.get(answers[i].trouble, 0) + 1
+                if not answers[i].caption and (run.config.caption.on_failure == "drop" or not samples.read_text(files, raw_of(record), False)[1]):
+                    line["split"] = None
+            failed += line["split"] is None
+            if line["split"]:
+                splits[line["split"]] += 1
+            lines.append(json.dumps(line, ensure_ascii=False))
+    finish(run, "caption", run.units[number].name, "".join(line + "\n" for line in lines).encode(), inputs, splits=splits,
+           dropped={"no caption could be made": failed} if failed else {}, troubles=troubles, captions=sum(bool(one.caption) for one in answers))
+
+
+def captioned(run: Run, markers: list[dict], codes: list[str]) -> list[dict]:
+    found = [state.read_marker(run.marker_path("caption", unit.name), caption_inputs(markers, codes, number)) for number, unit in enumerate(run.units)]
+    missing = [unit.name for unit, marker in zip(run.units, found) if marker is None]
     if missing:
-        raise ValueError(f"caption.model: {folder} lacks {', '.join(missing)}; {HOW_TO_GET.format(folder=folder)}")
-    return folder
+        raise ValueError(f"{len(missing):,} of {len(found):,} shards have not been through the stage caption ({missing[0]}, ...): run --stage caption, every task of it, first")
+    return found

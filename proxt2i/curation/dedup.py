@@ -14,6 +14,8 @@ The bands make the pairs few that are looked at; the hashes those whose thumbnai
 
 from __future__ import annotations
 
+import hashlib
+import json
 import sqlite3
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, suppress
@@ -22,7 +24,11 @@ from pathlib import Path
 
 import numpy as np
 
-from proxt2i.curation.pictures import BANDS, THUMB
+from proxt2i.curation import state
+from proxt2i.curation.hashes import BANDS, THUMB
+from proxt2i.curation.run import Run
+from proxt2i.curation.scan import records_of, scanned
+from proxt2i.progress import Progress
 
 KEPT, EXACT, NEAR, PLACEHOLDER = range(4)
 CAUSES = ("", "exact duplicate", "near duplicate", "placeholder (repeated bytes)")
@@ -268,3 +274,61 @@ def _neighbours(rows: np.ndarray, distance: int) -> Iterator[np.ndarray]:
         if real.any():
             yield np.stack([ranks.max(0), ranks.min(0), turned, bits[found]], 1).astype(np.int64)[real]
         step += 1
+
+
+# -- the stage --------------------------------------------------------------------------------------------------------
+
+
+def dedup_inputs(run: Run, markers: list[dict]) -> str:
+    return state.digest([[unit.name, marker["sha256"]] for unit, marker in zip(run.units, markers)])
+
+
+def dedup_marker(run: Run, markers: list[dict]) -> dict | None:
+    return state.read_marker(run.out / "work" / "dedup.json", dedup_inputs(run, markers))
+
+
+def dedup(run: Run) -> dict:
+    if run.task:
+        return {}
+    markers = scanned(run)
+    if (marker := dedup_marker(run, markers)) is not None:
+        return marker
+    c, folder = run.config.dedup, run.out / "work" / "dedup"
+    folder.mkdir(parents=True, exist_ok=True)
+    counts = [marker["records"] for marker in markers]
+    with Progress(total=sum(counts) * (1 + BANDS * (c.near and c.distance > 0)), desc="finding duplicates", unit="", unit_scale=True, disable=run.quiet) as bar:
+        def samples():
+            for number, marker in enumerate(markers):
+                yield number, records_of(run, marker)
+
+        found = find_duplicates(samples(), run.out / "work" / "dedup.sqlite", exact=c.exact, near=c.near, distance=c.distance, color=c.color, mirrored=c.mirrored,
+                                      placeholder_repeats=run.config.filter.placeholder_repeats, advance=bar.update)
+    starts = np.cumsum([0, *counts])
+    parts = []
+    for unit, start, stop in zip(run.units, starts, starts[1:]):
+        part = state.to_bytes(found.codes[start:stop])
+        state.write_atomically(folder / f"{unit.name}.npy", part)
+        parts.append([len(part), hashlib.sha256(part).hexdigest()])
+
+    def place(i: int) -> list[int]:
+        unit = int(np.searchsorted(starts, i, "right")) - 1
+        return [unit, i - int(starts[unit])]
+
+    summary = {"dropped": {CAUSES[code]: int(n) for code in (EXACT, NEAR, PLACEHOLDER) if (n := (found.codes == code).sum())},
+               "repeated_keys": found.repeated_keys, "pairs": [[place(kept), place(dropped), cause] for kept, dropped, cause in found.pairs],
+               "placeholders": sorted(found.placeholders)}
+    return state.finish(run.out / "work" / "dedup.codes", json.dumps(parts).encode(), dedup_inputs(run, markers), **summary)
+
+
+def deduplicated(run: Run, markers: list[dict]) -> list[str]:
+    """SHA-256 of every unit's codes. ValueError if the stage has not been run on these scans."""
+    marker = dedup_marker(run, markers)
+    if marker is None:
+        raise ValueError("duplicates have not been looked for, or shards have been scanned anew since: run --stage dedup first")
+    return [sha for _, sha in json.loads(state.checked_bytes(run.out / "work", marker))]
+
+
+def survivors(run: Run, number: int, marker: dict, codes_sha: str) -> np.ndarray:
+    """Records of a unit that are no duplicates."""
+    codes = state.checked_bytes(run.out / "work" / "dedup", {"file": f"{run.units[number].name}.npy", "sha256": codes_sha})
+    return records_of(run, marker)[state.from_bytes(codes) == KEPT]

@@ -20,8 +20,11 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 from proxt2i import __version__
-from proxt2i.curation import pictures, state
-from proxt2i.curation.run import HISTOGRAMS, SPLITS, Run, captioned, dedup_marker, deduplicated, records_of, scanned
+from proxt2i.curation import pictures, samples, state
+from proxt2i.curation.caption import SPLITS, captioned
+from proxt2i.curation.dedup import dedup_marker, deduplicated
+from proxt2i.curation.run import Run
+from proxt2i.curation.scan import HISTOGRAMS, records_of, scanned
 from proxt2i.curation.sources import IMAGE
 from proxt2i.curation.write import plan, shard_inputs, written
 from proxt2i.data.index import check_line, write_atomically
@@ -218,7 +221,7 @@ def _grids(run: Run, markers, duplicates, parts) -> list[dict]:
 def _picture(run: Run, unit: int, span) -> str:
     """A small JPEG as a data URL; "" for what cannot be decoded."""
     try:
-        with pictures.Files([str(path) for path in run.units[unit].files]) as files:
+        with samples.Files([str(path) for path in run.units[unit].files]) as files:
             if span[2] > run.config.read.max_bytes:
                 return ""
             with pictures.open_picture(files.read(span), run.config.read.max_pixels) as image:

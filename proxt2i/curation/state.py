@@ -19,7 +19,7 @@ import numpy as np
 from proxt2i.curation.config import Curation
 from proxt2i.data.index import write_atomically
 
-VERSION = 2  # of the results: raised when the same settings give other results
+VERSION = 3  # of the results: raised when the same settings give other results
 
 
 def digest(value) -> str:

@@ -96,7 +96,7 @@ class Workers:
         if self._pool is None:
             # Not fork: the main process may hold a GPU and threads. The server that forks workers has only what they need.
             context = multiprocessing.get_context("forkserver")
-            context.set_forkserver_preload(["proxt2i.curation.pictures"])
+            context.set_forkserver_preload(["proxt2i.curation.samples"])
             self._pool = ProcessPoolExecutor(self.num, mp_context=context, initializer=_begin)
         return self._pool
 

@@ -8,9 +8,13 @@ import time
 
 import numpy as np
 
-from proxt2i.curation import pictures, state
-from proxt2i.curation.pictures import REPAIRS, Files
-from proxt2i.curation.run import SPLITS, Run, captioned, each_tried, dedup_marker, deduplicated, raw_of, scanned, survivors
+from proxt2i.curation import pictures, samples, state
+from proxt2i.curation.caption import SPLITS, captioned
+from proxt2i.curation.dedup import dedup_marker, deduplicated, survivors
+from proxt2i.curation.pictures import REPAIRS
+from proxt2i.curation.run import Run, each_tried
+from proxt2i.curation.samples import Files
+from proxt2i.curation.scan import raw_of, scanned
 from proxt2i.curation.sources import IMAGE
 from proxt2i.data.buckets import assign, make_buckets
 from proxt2i.data.index import index_line
@@ -132,7 +136,7 @@ def _sample(run: Run, unit: int, files: Files, record, line: dict, buckets, abou
     if hashlib.sha256(data).digest() != record["sha256"].tobytes():
         raise RuntimeError(f"{run.units[unit].name}/{raw.key}: the image has changed since it was scanned, while its file kept size and time")
     extension, image = pictures.repaired(data, int(record["repairs"]), run.config.read.max_pixels)
-    metadata, original = pictures.read_text(files, raw, False)
+    metadata, original = samples.read_text(files, raw, False)
     caption = line.get("caption") or original
     width, height = int(record["width"]), int(record["height"])
     bucket = "{}x{}".format(*buckets[int(assign(np.array([[height, width]]), buckets)[0])])
