@@ -2,8 +2,8 @@
 
     make soak [MOMENTS=10] [ARGS="-k moments"]
 
-One run is preempted, requeued and killed at random moments, start-ups and saves included, and ends with the bits of an undisturbed one. Then:
-a real time limit, a rank that hangs, a step that always fails.
+One run is preempted, requeued, out of time and killed at random moments, start-ups and saves included, and ends with the bits of an undisturbed
+one. Then: a rank that hangs, a step that always fails.
 """
 
 import os
@@ -13,7 +13,10 @@ import time
 
 import pytest
 from runs import BareRanks, assert_same_checkpoint, overrides
-from slurm_jobs import MISSING, Job, cluster, requeue, run_all, signals  # noqa: F401: cluster is a fixture
+from slurm_jobs import MISSING, Job, cluster, requeue, run_all, signals, slurm  # noqa: F401: cluster is a fixture
+
+import launchers.slurm
+from launchers.record import images_reached
 
 pytestmark = pytest.mark.skipif(bool(MISSING), reason=f"no {', '.join(MISSING)} here: apt-get install slurm-wlm munge")
 MOMENTS = int(os.environ.get("MOMENTS", "10"))
@@ -25,14 +28,21 @@ def kill_a_rank(job, number=signal.SIGKILL):
     os.kill(job.pid(1), number)
 
 
+def run_out_of_time(job):
+    """Its limit becomes so near that Slurm's warning is due; Slurm looks twice a minute."""
+    ran, _ = launchers.slurm.seconds_run(launchers.slurm.job_facts(job.number))
+    slurm("scontrol", "update", f"JobId={job.number}", f"TimeLimit={ran // 60 + 2}")
+
+
 def test_random_moments(cluster, settings, tmp_path):  # noqa: F811
     rng = random.Random(SEED)
     length = FOREVER | dict(train__images=600 * MOMENTS)
-    kinds = {"USR2": signals("USR2"), "TERM": signals("TERM"), "requeue": requeue, "kill -9": kill_a_rank}
+    kinds = {"USR2": signals("USR2"), "TERM": signals("TERM"), "requeue": requeue, "time limit": run_out_of_time, "kill -9": kill_a_rank}
     job = Job(tmp_path / "run", ["--nodes", 2, "--time", "60"], overrides(settings, **length))
-    happened = []
+    happened, began = [], time.monotonic()
     for start in range(MOMENTS):
-        job.wait_for(lambda: job.log(start, 1).exists(), timeout=300)  # noqa: B023
+        job.wait_for(lambda: job.log(start, 1).exists(), timeout=600)  # noqa: B023
+        slurm("scontrol", "update", f"JobId={job.number}", "TimeLimit=60")
         kind = rng.choice(list(kinds))
         if kind == "kill -9" or rng.random() < 0.6:
             job.wait_for(lambda: job.trains(start), timeout=300)  # noqa: B023
@@ -41,11 +51,13 @@ def test_random_moments(cluster, settings, tmp_path):  # noqa: F811
             time.sleep(rng.uniform(0, 6))
         kinds[kind](job)
         happened.append(kind)
-    run_all([job], timeout=900)
+        print(f"{time.monotonic() - began:.0f} s: {kind}, the last row of statistics at {images_reached(job.run_dir):,} images", flush=True)
+    run_all([job], timeout=1800)
+    print(f"{time.monotonic() - began:.0f} s: finished\n{job.status()}", flush=True)
     ends = [row["outcome"] for row in job.rows() if row["event"] == "end"]
     assert ends == ["failed" if kind == "kill -9" else "stopped" for kind in happened] + ["finished"], job.everything()
     straight = BareRanks(*overrides(settings, train__run_dir=tmp_path / "straight", **length), log=tmp_path / "log")
-    assert straight.wait(900) == [0, 0], straight.output
+    assert straight.wait(1800) == [0, 0], straight.output
     name = f"step-{600 * MOMENTS:09d}"
     assert_same_checkpoint(tmp_path / "straight" / "checkpoints" / name, job.run_dir / "checkpoints" / name)
 
