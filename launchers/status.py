@@ -53,6 +53,8 @@ def status(run_dir: Path) -> dict:
     found["last"] = _last_outcome(histories[0])
     found["workers"] = [_last_outcome(history) for history in histories] if num_workers(job) and "items" not in job else []
     found["doing"] = _doing(found)
+    if found["last"] is None and found["state"] in ("FAILED", "UNKNOWN"):
+        found["output"] = _output(launch, numbers)
     failures = [attempt for attempt in attempts if attempt.get("outcome") in ("failed", "input")]
     if failures and attempts[-1] is failures[-1]:
         found["failure"] = _failure(launch, failures[-1])
@@ -107,7 +109,17 @@ def _doing(found: dict) -> str:
         return "refused its input" if last == "input" else "stopped by hand"
     if found["state"] == "PENDING":
         return "waiting in the queue" + (f" ({found['why']})" if found["why"] != "None" else "")
+    if found["state"] == "UNKNOWN":
+        return "over" if last not in (None, "running") else "gone: Slurm knows the job no more, and it left no word of its end"
+    if slurm.is_over(found["state"]):
+        return f"over: Slurm says {found['state']}"
     return found["state"].lower()
+
+
+def _output(launch: Path, numbers: list[str]) -> dict | None:
+    """The end of what the batch step has written, for a job that ended before it could note anything."""
+    paths = [path for number in numbers[-1:] for path in (launch / "submitit").glob(f"{number}_*_log.out")]
+    return {"log": str(paths[0]), "tail": tail(paths[0]).splitlines()[-TAIL_LINES:]} if paths else None
 
 
 def _array_doing(found: dict) -> str:
@@ -167,12 +179,12 @@ def show(found: dict) -> str:
     for attempt in found["attempts"]:
         end = attempt["time"] if "outcome" in attempt else time.time()
         images = f"{attempt['from']:,} -> {attempt['images']:,} images" if "outcome" in attempt else f"from {attempt['from']:,} images"
-        outcome = f"{attempt['outcome']}: {attempt['reason']}" if "outcome" in attempt else "running"
+        outcome = f"{attempt['outcome']}: {attempt['reason']}" if "outcome" in attempt else "running" if found["working"] else "no word of its end"
         when = time.strftime("%m-%d %H:%M", time.localtime(attempt["start"]))
         lines.append(f"  {attempt['job']}.{attempt['restart']:<3} {when}  {duration(end - attempt['start']):>8}  {attempt['nodes']}  "
                      + (f"{images}  " if "progress" in found else "") + outcome)
-    if "failure" in found:
-        lines += [f"\n  end of {found['failure']['log']}", *(f"    {line}" for line in found["failure"]["tail"])]
+    for ended in filter(None, (found.get("failure"), found.get("output"))):
+        lines += [f"\n  end of {ended['log']}", *(f"    {line}" for line in ended["tail"])]
     return "\n".join(lines)
 
 
