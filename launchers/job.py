@@ -57,7 +57,7 @@ def supervise(launch_dir: str, worker: int | None = None) -> None:
     logs.mkdir(exist_ok=True)
     history.add("start", job=job_id, restart=restart, nodes=os.environ["SLURM_JOB_NODELIST"], logs=logs.name, images=images_reached(run_dir))
     end = _run_ranks(job, worker, logs, job_id)
-    reason, lost = end.reason, re.findall(rf"{LOST_NODE}(\S+)", (logs / "srun.log").read_text())
+    reason, lost = end.reason, lost_nodes(logs)
     if end.outcome == "failed":
         parts = [f"{', '.join(lost)} was lost (Slurm: node failure)" if lost else "", reason, what_ranks_said(logs)]
         reason = "; ".join(filter(None, parts))
@@ -70,6 +70,11 @@ def supervise(launch_dir: str, worker: int | None = None) -> None:
     if refused := refuses_another(history.attempts(job_id), job["max_failures"], job["resumes"]):
         _give_up(history, refused)
     _requeue(history, job_id, restart, lost_a_node=bool(lost))
+
+
+def lost_nodes(logs: Path) -> list[str]:
+    """Those of which Slurm has told srun that they are gone."""
+    return re.findall(rf"{LOST_NODE}(\S+)", (logs / "srun.log").read_text()) if (logs / "srun.log").exists() else []
 
 
 def refuses_another(attempts: list[dict], max_failures: int, counts_images: bool) -> str | None:
@@ -138,10 +143,11 @@ def rank_environment(job: dict) -> dict[str, str]:
 
 def _run_ranks(job: dict, worker: int | None, logs: Path, job_id: str) -> End:
     nodes = usable_nodes(job, slurm.node_names(os.environ["SLURM_JOB_NODELIST"]))
-    command = ["srun", "--unbuffered", f"--nodes={len(nodes)}", f"--nodelist={','.join(nodes)}", f"--ntasks={len(nodes) * job['tasks_per_node']}",
-               f"--ntasks-per-node={job['tasks_per_node']}",
+    tasks, cpus = job["tasks_per_node"], job["site"].get("cpus_per_task")
+    command = ["srun", "--unbuffered", f"--nodes={len(nodes)}", f"--nodelist={','.join(nodes)}", f"--ntasks={len(nodes) * tasks}", f"--ntasks-per-node={tasks}",
                f"--output={logs}/rank-%t.log", "--kill-on-bad-exit=0", *job["site"].get("srun", [])]
-    command.append(f"--cpus-per-task={job['site'].get('cpus_per_task') or 1}")  # srun does not take it over from sbatch
+    if cpus or len(job.get("node_counts", [])) > 1:
+        command.append(f"--cpus-per-task={cpus or 1}")  # srun does not take it over from sbatch; with MIN-MAX nodes sbatch's is a node's
     if job["together"]:
         command.append("--wait=120")  # a rank that ended before the ranks had met; later on their lifeline is faster
     command += rank_command(job, worker)
@@ -151,7 +157,8 @@ def _run_ranks(job: dict, worker: int | None, logs: Path, job_id: str) -> End:
         workers = RewardWorkers(job, logs, environment)
         if refused := workers.wait_until_they_serve():
             workers.end()
-            return End("stopped" if History(logs.parent).attempts()[-1]["signals"] else "failed", refused)
+            stopped = History(logs.parent).attempts()[-1]["signals"]
+            return End("stopped" if stopped else "input" if WRONG_INPUT in workers.statuses() else "failed", refused)
         command.insert(1, "--het-group=0")
         environment |= workers.environment
     end = _watch(job, worker, logs, job_id, command, environment)

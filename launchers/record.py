@@ -46,8 +46,7 @@ def num_workers(job: dict) -> int:
 
 def in_container(job: dict) -> list[str]:
     """The python of every rank, behind the site's container if it has one: what a rank's command begins with."""
-    container = shlex.split(job["site"].get("container") or "")
-    return [*container, (container and job["site"].get("container_python")) or job["command"][0]]
+    return [*shlex.split(job["site"].get("container") or ""), job["site"].get("container_python") or job["command"][0]]
 
 
 class History:

@@ -67,6 +67,9 @@ class RewardWorkers:
                 return f"reward worker {number} ended, exit status {step.returncode}" + (f": {said[-1]}" if said else "") + f" ({self._log(number)})"
         return None
 
+    def statuses(self) -> list[int | None]:
+        return [step.returncode for step in self.steps]
+
     def _read(self, number: int) -> str:
         return self._log(number).read_text() if self._log(number).exists() else ""
 

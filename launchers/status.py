@@ -13,6 +13,7 @@ import json
 import re
 import sys
 import time
+from itertools import takewhile
 from pathlib import Path
 
 from launchers import progress, slurm
@@ -21,6 +22,7 @@ from launchers.job import CANCELLED, tail
 from launchers.record import LAUNCH, History, checkpoints, last_row, num_workers, read_job
 
 TAIL_LINES = 12
+MANY = 5  # starts
 
 
 def status(run_dir: Path) -> dict:
@@ -46,6 +48,8 @@ def status(run_dir: Path) -> dict:
     }  # fmt: skip
     if job["resumes"]:
         found["progress"] = _progress(run_dir)
+        if (idle := _idle_starts(attempts)) >= MANY:
+            found["notes"].append(f"the last {idle} starts were stopped before they had got any further: does --time, less --signal-before, leave enough of a start?")
     if "items" in job:
         found["items"] = summary(launch)
     if "output" in job and job["kind"] == "latents":
@@ -88,6 +92,12 @@ def _last_outcome(history: History) -> str | None:
     for row in history.rows():
         outcome = {"submitted": None, "start": "running", "end": row.get("outcome"), "given up": "given up"}.get(row["event"], outcome)
     return outcome
+
+
+def _idle_starts(attempts: list[dict]) -> int:
+    """How many of the last starts were stopped (by a time limit, a preemption) without a new image."""
+    over = [attempt for attempt in attempts if "outcome" in attempt]
+    return len(list(takewhile(lambda attempt: attempt["outcome"] == "stopped" and attempt["images"] == attempt["from"], reversed(over))))
 
 
 def _running(attempts: list[dict]) -> bool:

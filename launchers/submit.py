@@ -163,7 +163,7 @@ def make_plan(work: Work, given: argparse.Namespace, arguments: list[str], items
     if getattr(given, "reward_worker", None):
         if given.local:
             raise ValueError("--reward-worker is a part of a Slurm job; with --local start `python -m proxt2i.rewards.serve` yourself")
-        where, _ = check_partition(given.reward_partition or partition, 1, given.reward_gpus, None)
+        where, _ = check_partition(given.reward_partition or partition, 1, given.reward_gpus, None, ("--reward-partition", "--reward-gpus"))
         job["reward_workers"] = {"arguments": given.reward_worker, "partition": where, "gpus": given.reward_gpus, "cpus": given.reward_cpus,
                                  "constraint": site.constraint if where == partition else None}
     if work.output:
@@ -211,21 +211,21 @@ def _require_slurm(work: Work) -> None:
     raise ValueError("submitit is not installed: pip install submitit")
 
 
-def check_partition(wanted: str | None, nodes: int, gpus: int, limit: str | None) -> tuple[str, int]:
-    """(the partition's name, the time limit in minutes). ValueError says what the cluster has."""
+def check_partition(wanted: str | None, nodes: int, gpus: int, limit: str | None, flags=("--partition", "--gpus-per-node")) -> tuple[str, int]:
+    """(the partition's name, the time limit in minutes). ValueError names the flag (two of them: `flags`) and says what the cluster has."""
     found = slurm.partitions()
     have = ", ".join(f"{p.name} ({p.nodes} nodes, {p.gpus_per_node or 'no'} GPUs each)" for p in found.values())
     default = next((p.name for p in found.values() if p.is_default), None)
     name = wanted or default
     if name is None:
-        raise ValueError(f"--partition is missing, and this cluster has no default one. It has: {have}")
+        raise ValueError(f"{flags[0]} is missing, and this cluster has no default one. It has: {have}")
     if name not in found:
-        raise ValueError(f"--partition {name}: this cluster has no such partition. It has: {have}")
+        raise ValueError(f"{flags[0]} {name}: this cluster has no such partition. It has: {have}")
     partition = found[name]
     if nodes > partition.nodes:
         raise ValueError(f"--nodes {nodes}: partition {name} has {partition.nodes}. All partitions: {have}")
     if gpus > partition.gpus_per_node:
-        raise ValueError(f"--gpus-per-node {gpus}: the nodes of partition {name} have {partition.gpus_per_node or 'none'}. All partitions: {have}")
+        raise ValueError(f"{flags[1]} {gpus}: the nodes of partition {name} have {partition.gpus_per_node or 'none'}. All partitions: {have}")
     minutes = min(DEFAULT_MINUTES, partition.max_minutes or DEFAULT_MINUTES) if limit is None else slurm.minutes(limit) or DEFAULT_MINUTES
     if partition.max_minutes and minutes > partition.max_minutes:
         raise ValueError(f"--time {limit}: partition {name} allows {partition.max_minutes // 60}:{partition.max_minutes % 60:02d}:00. "

@@ -17,6 +17,7 @@ from test_curation import files_of
 
 import launchers.array
 import launchers.curate
+import launchers.grpo
 import launchers.status
 import launchers.train
 
@@ -108,6 +109,21 @@ def test_a_curations_scripts_can_be_looked_at(cluster, tmp_path, capsys):
     assert "--array" not in dedup and "--dependency=afterok:JOB_OF_SCAN" in dedup and "--kill-on-invalid-dep=yes" in dedup and "--partition=one" in dedup
     assert "--array=0-4%2" in caption and "gpus" not in caption and "afterok:JOB_OF_CAPTION" in write and "afterok:JOB_OF_WRITE" in merge
     assert not (tmp_path / "run").exists() and not (tmp_path / "out").exists()
+
+
+def test_the_scripts_of_any_number_of_nodes_and_of_reward_workers(cluster, settings, tmp_path):
+    def script(front_end, arguments, *options):
+        status, said, complaints = launched(front_end, "--dry-run", "--no-check", *options, "--", *arguments)
+        assert status == 0, complaints
+        return said
+
+    between = script(launchers.train, overrides(settings), "--nodes", "1-2", "--tasks-per-node", 2, "--cpus-per-task", 3)
+    assert "--nodes=1-2\n" in between and "--cpus-per-task=6\n" in between and "ntasks" not in between
+    beside = script(launchers.grpo, [f"train.run_dir={tmp_path / 'run'}"], "--reward-worker", "--reward hpsv2", "--reward-worker", "--reward pickscore", "--reward-gpus", 1, "--reward-partition", "one")
+    ranks, *workers = beside.split("#SBATCH hetjob\n")
+    assert "gpus" not in ranks and "--partition=tiny\n" in ranks and len(workers) == 2
+    assert all("--partition=one\n" in worker and "--gpus-per-node=1\n" in worker and worker.startswith("#SBATCH") for worker in workers)
+    assert "--reward-gpus 3: the nodes of partition tiny" in launched(launchers.grpo, "--no-check", "--reward-worker", "x", "--reward-gpus", 3, "--")[2]
 
 
 @pytest.mark.skipif(not (shutil.which("modulecmd") and shutil.which("ch-run")), reason="no modulecmd or ch-run here: apt-get install environment-modules charliecloud")
