@@ -34,6 +34,7 @@ def kill_rank_1(job):
     job.status_after_the_kill = job.status()
 
 
+@pytest.mark.timeout(1200)  # nine starts of a rank, most of whose time is imports
 def test_every_preemption_and_a_killed_rank_leave_no_trace_in_the_weights(cluster, settings, tmp_path):
     def queue(name, nodes, *events):
         run_dir = tmp_path / name
@@ -43,7 +44,7 @@ def test_every_preemption_and_a_killed_rank_leave_no_trace_in_the_weights(cluste
     jobs = [queue("two-nodes", 2, signals("USR2"), kill_rank_1), queue("one-node", 1, run_out_of_time, requeue)]
     straight = {ranks: BareRanks(*overrides(settings, train__run_dir=tmp_path / f"straight-{ranks}", **LENGTH), ranks=ranks, log=tmp_path / f"log-{ranks}")
                 for ranks in (1, 2)}
-    run_all(jobs, timeout=500)
+    run_all(jobs, timeout=1000)
     for ranks, run in straight.items():
         assert run.wait() == [0] * ranks, run.output
 

@@ -146,9 +146,8 @@ def test_the_accounting_database_knows_how_a_job_ended_that_slurm_has_forgotten(
             jobs[name] = said.split("queued as job ")[1].split()[0]
         wait_for(lambda: all((tmp_path / name / "items" / "000000.log").exists() for name in ends))
         slurm("scancel", jobs["cancelled"])
-        for process in psutil.process_iter(["cmdline"]):  # the batch step's supervisor, before it could note anything
-            if "submitit.core._submit" in " ".join(process.info["cmdline"] or []) and process.environ().get("SLURM_ARRAY_JOB_ID") == jobs["killed"]:
-                process.kill()
+        supervisor(jobs["killed"]).kill()
+        supervisor(jobs["limit"]).suspend()  # or it would have the job requeued
         wait_for(lambda: not slurm("squeue", "-h", "-t", "all"), timeout=240)
         for name, (_, _, state, words) in ends.items():
             found = launchers.status.status(tmp_path / name)
@@ -169,6 +168,14 @@ def test_reward_workers_of_a_heterogeneous_job_come_back_with_it(cluster, grpo, 
     assert [row["outcome"] for row in job.rows() if row["event"] == "end"] == ["stopped", "finished"], job.everything()
     for start in range(2):
         assert "serving http://" in (job.run_dir / "launch" / f"{job.number}-{start}" / "reward-worker-1.log").read_text()
+
+
+def supervisor(job):
+    """The process in the job's batch step."""
+    for process in psutil.process_iter(["cmdline"]):
+        if "submitit.core._submit" in (process.info["cmdline"] or []) and process.environ().get("SLURM_JOB_ID") == job:
+            return process
+    raise AssertionError(f"job {job} has no supervisor")
 
 
 def wait_for(happened, timeout=120):
