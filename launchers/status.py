@@ -108,7 +108,7 @@ def _doing(found: dict) -> str:
     """The state in a word or two: Slurm's where the job lives, the record's where it is over."""
     last = found["last"]
     if "items" in found:
-        return "finished" if not found["items"]["left"] else found["state"].lower()
+        return "finished" if not found["items"]["left"] else _slurms_word(found)
     if found["workers"]:
         return _array_doing(found)
     if last == "finished":
@@ -117,10 +117,14 @@ def _doing(found: dict) -> str:
         return "cancelled" if found["given_up"] == CANCELLED else "given up"
     if last in ("input", "by hand"):
         return "refused its input" if last == "input" else "stopped by hand"
+    return _slurms_word(found)
+
+
+def _slurms_word(found: dict) -> str:
     if found["state"] == "PENDING":
         return "waiting in the queue" + (f" ({found['why']})" if found["why"] != "None" else "")
     if found["state"] == "UNKNOWN":
-        return "over" if last not in (None, "running") else "gone: Slurm knows the job no more, and it left no word of its end"
+        return "over" if found["last"] not in (None, "running") else "gone: Slurm knows the job no more, and it left no word of its end"
     if slurm.is_over(found["state"]):
         return f"over: Slurm says {found['state']}"
     return found["state"].lower()
@@ -138,9 +142,7 @@ def _array_doing(found: dict) -> str:
         return "finished"
     if not found["working"] and any(outcome in ("given up", "input", "failed") for outcome in workers):
         return "failed"
-    if found["state"] == "PENDING":
-        return "waiting in the queue" + (f" ({found['why']})" if found["why"] != "None" else "")
-    return found["state"].lower()
+    return _slurms_word(found)
 
 
 def _progress(run_dir: Path) -> dict:

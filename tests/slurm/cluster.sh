@@ -117,8 +117,7 @@ PartitionName=away Nodes=far MaxTime=2:00:00
 PartitionName=low Nodes=node[1-2] MaxTime=2:00:00 PriorityTier=1 PreemptMode=REQUEUE GraceTime=20
 CONF
 printf '%s\n' "${settings[@]}" >>"$SLURM_CONF"
-touch "$dir/gpu0" "$dir/gpu1"
-echo "Name=gpu File=$dir/gpu[0-1]" >"$dir/gres.conf"
+printf 'Name=gpu File=%s\n' /dev/null /dev/zero >"$dir/gres.conf"  # must be devices, or the steps hear nothing of them
 echo "CgroupAutomount=no" >"$dir/cgroup.conf"
 
 munged --key-file="$dir/munge.key" --socket="$dir/munge.socket" --pid-file="$dir/munged.pid" --log-file="$dir/munged.log" \
