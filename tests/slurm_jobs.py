@@ -8,6 +8,7 @@ import re
 import shutil
 import signal
 import subprocess
+import threading
 import time
 from pathlib import Path
 
@@ -130,12 +131,19 @@ def requeue(job: Job) -> None:
 
 def run_out_of_time(job: Job) -> None:
     """Its limit becomes so near that Slurm's warning is due. Rank 0 stands still until it has come: Slurm looks twice a minute."""
-    rank = job.pid(0)
-    os.kill(rank, signal.SIGSTOP)
+    rank = psutil.Process(job.pid(0))
+    rank.suspend()
     ran, _ = launchers.slurm.seconds_run(launchers.slurm.job_facts(job.number))
     slurm("scontrol", "update", f"JobId={job.number}", f"TimeLimit={ran // 60 + 2}")
-    job.wait_for(lambda: _pending(rank, signal.SIGUSR2), timeout=90)
-    os.kill(rank, signal.SIGCONT)
+    threading.Thread(target=_wake, args=(job, rank), daemon=True).start()
+
+
+def _wake(job: Job, rank: psutil.Process) -> None:
+    end = time.monotonic() + 120
+    with contextlib.suppress(psutil.Error, OSError):
+        while rank.status() == psutil.STATUS_STOPPED and not _pending(rank.pid, signal.SIGUSR2) and time.monotonic() < end:
+            time.sleep(0.1)  # Slurm may wake it itself
+        rank.resume()
     slurm("scontrol", "update", f"JobId={job.number}", "TimeLimit=60")
 
 

@@ -33,6 +33,7 @@ wait_for() {  # SECONDS COMMAND...
 gone() { ! alive "$1"; }
 
 stop() {
+  set +e  # whatever goes wrong, the rest is to end too
   if alive "$dir/slurmctld.pid"; then
     scancel --quiet --user="$(id -un)" || true
     wait_for 10 bash -c '[[ -z $(squeue -h) ]]' || true
@@ -57,7 +58,7 @@ for process in pathlib.Path("/proc").glob("[0-9]*"):
 PY
 }
 
-if [[ $verb == down ]]; then stop; exit; fi
+if [[ $verb == down ]]; then stop; exit 0; fi
 if alive "$dir/slurmctld.pid"; then echo "$dir: a cluster is up already"; exit; fi
 for program in munged slurmctld slurmd sbatch srun; do
   command -v $program >/dev/null || { echo "no $program: apt-get install -y slurm-wlm munge" >&2; exit 3; }
@@ -65,7 +66,7 @@ done
 for program in slurmdbd mariadbd mariadb-install-db; do
   [[ $accounting == no ]] || command -v $program >/dev/null || { echo "no $program: apt-get install -y slurmdbd mariadb-server" >&2; exit 3; }
 done
-trap 'echo "the cluster did not come up; the logs are in '"$dir"'" >&2; tail -n 3 "$dir"/*.log >&2; stop' ERR
+trap 'echo "the cluster did not come up; the logs are in '"$dir"'" >&2; tail -n 3 "$dir"/*.log >&2; stop; exit 1' ERR
 
 host=$(hostname -s)
 read -r p0 p1 p2 p3 < <(python3 - <<'PY'
