@@ -20,7 +20,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from launchers import slurm
-from launchers.record import ROOT, History, checkpoints, code_version, images_reached, read_job
+from launchers.record import ROOT, History, checkpoints, code_version, images_reached, in_container, read_job
+from launchers.reward_workers import RewardWorkers
 
 STOPPED = {128 + signal.SIGUSR2, 128 + signal.SIGTERM}  # by Slurm: go on later
 BY_HAND = 128 + signal.SIGINT  # scancel --signal=INT: save and stay away
@@ -30,6 +31,7 @@ WORDS = {"Killed": 128 + signal.SIGKILL, "Terminated": 128 + signal.SIGTERM, "Us
          "Interrupt": BY_HAND, "Bus error": 128 + signal.SIGBUS}  # fmt: skip
 OTHERS_RANKS = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE")  # of the shell that queued the job, if it was a rank of something
 CANCELLED = "the job was cancelled"
+LOST_NODE = "srun: error: Node failure on "
 STACKS_S = 15.0  # for stacks to be written
 
 
@@ -55,7 +57,10 @@ def supervise(launch_dir: str, worker: int | None = None) -> None:
     logs.mkdir(exist_ok=True)
     history.add("start", job=job_id, restart=restart, nodes=os.environ["SLURM_JOB_NODELIST"], logs=logs.name, images=images_reached(run_dir))
     end = _run_ranks(job, worker, logs, job_id)
-    reason = f"{end.reason}; {said}" if end.outcome == "failed" and (said := what_ranks_said(logs)) else end.reason
+    reason, lost = end.reason, lost_nodes(logs)
+    if end.outcome == "failed":
+        parts = [f"{', '.join(lost)} was lost (Slurm: node failure)" if lost else "", reason, what_ranks_said(logs)]
+        reason = "; ".join(filter(None, parts))
     history.add("end", outcome=end.outcome, reason=reason, images=images_reached(run_dir))
     print(f"{end.outcome}: {reason}", flush=True)
     if end.outcome == "finished":
@@ -64,7 +69,12 @@ def supervise(launch_dir: str, worker: int | None = None) -> None:
         sys.exit(1 if end.outcome == "input" else 0)
     if refused := refuses_another(history.attempts(job_id), job["max_failures"], job["resumes"]):
         _give_up(history, refused)
-    _requeue(history, job_id, restart)
+    _requeue(history, job_id, restart, lost_a_node=bool(lost))
+
+
+def lost_nodes(logs: Path) -> list[str]:
+    """Those of which Slurm has told srun that they are gone."""
+    return re.findall(rf"{LOST_NODE}(\S+)", (logs / "srun.log").read_text()) if (logs / "srun.log").exists() else []
 
 
 def refuses_another(attempts: list[dict], max_failures: int, counts_images: bool) -> str | None:
@@ -102,8 +112,12 @@ def rank_command(job: dict, worker: int | None = None) -> list[str]:
             command.append("--resume")
     if worker is not None:
         command += [part.replace("{worker}", str(worker)) for part in job.get("worker_arguments", ["--worker", "{worker}"])]
-    python, *arguments = command
-    return [*shlex.split(job["site"].get("container") or ""), python, "-m", "launchers.rank", *arguments]
+    return [*in_container(job), "-m", "launchers.rank", *command[1:]]
+
+
+def usable_nodes(job: dict, have: list[str]) -> list[str]:
+    """The nodes that ranks run on: all, or the most that the batch divides among (`--nodes MIN-MAX` may give any number between)."""
+    return have[:max((count for count in job.get("node_counts", [len(have)]) if count <= len(have)), default=len(have))]
 
 
 def rank_environment(job: dict) -> dict[str, str]:
@@ -128,17 +142,37 @@ def rank_environment(job: dict) -> dict[str, str]:
 
 
 def _run_ranks(job: dict, worker: int | None, logs: Path, job_id: str) -> End:
-    command = ["srun", "--unbuffered", f"--ntasks={job['nodes'] * job['tasks_per_node']}", f"--output={logs}/rank-%t.log",
-               "--kill-on-bad-exit=0", *job["site"].get("srun", [])]
-    if job["site"].get("cpus_per_task"):
-        command.append(f"--cpus-per-task={job['site']['cpus_per_task']}")  # srun does not take it over from sbatch
+    nodes = usable_nodes(job, slurm.node_names(os.environ["SLURM_JOB_NODELIST"]))
+    tasks, cpus = job["tasks_per_node"], job["site"].get("cpus_per_task")
+    command = ["srun", "--unbuffered", f"--nodes={len(nodes)}", f"--nodelist={','.join(nodes)}", f"--ntasks={len(nodes) * tasks}", f"--ntasks-per-node={tasks}",
+               f"--output={logs}/rank-%t.log", "--kill-on-bad-exit=0", *job["site"].get("srun", [])]
+    if cpus or len(job.get("node_counts", [])) > 1:
+        command.append(f"--cpus-per-task={cpus or 1}")  # srun does not take it over from sbatch; with MIN-MAX nodes sbatch's is a node's
     if job["together"]:
         command.append("--wait=120")  # a rank that ended before the ranks had met; later on their lifeline is faster
     command += rank_command(job, worker)
+    environment = {key: value for key, value in os.environ.items() if key not in OTHERS_RANKS} | rank_environment(job)
+    workers = None
+    if job.get("reward_workers"):
+        workers = RewardWorkers(job, logs, environment)
+        if refused := workers.wait_until_they_serve():
+            workers.end()
+            stopped = History(logs.parent).attempts()[-1]["signals"]
+            return End("stopped" if stopped else "input" if WRONG_INPUT in workers.statuses() else "failed", refused)
+        command.insert(1, "--het-group=0")
+        environment |= workers.environment
+    end = _watch(job, worker, logs, job_id, command, environment)
+    if workers:
+        gone = workers.ended()
+        workers.end()
+        return End("failed", f"{gone}; {end.reason}") if gone and end.outcome == "failed" else end
+    return end
+
+
+def _watch(job: dict, worker: int | None, logs: Path, job_id: str, command: list[str], environment: dict[str, str]) -> End:
     print("+", shlex.join(command), flush=True)
     hung = None
     with open(logs / "srun.log", "a") as errors:
-        environment = {key: value for key, value in os.environ.items() if key not in OTHERS_RANKS} | rank_environment(job)
         srun = subprocess.Popen(command, cwd=job["cwd"], env=environment, stdin=subprocess.DEVNULL, stderr=errors, start_new_session=True)
         while srun.poll() is None:
             try:
@@ -258,8 +292,8 @@ def _finish_the_last(history: History, run_dir: Path) -> None:
     if signals:
         history.add("end", outcome="stopped", reason=f"Slurm took the job away ({' and '.join(signals)} first)", images=images_reached(run_dir))
     else:
-        history.add("end", outcome="failed", reason=f"ended without a word: a node failed ({attempts[-1]['nodes']}), or the batch step was killed",
-                    images=images_reached(run_dir))
+        down = slurm.why_down(attempts[-1]["nodes"]) or f"a node failed ({attempts[-1]['nodes']}), or the batch step was killed"
+        history.add("end", outcome="failed", reason=f"ended without a word: {down}", images=images_reached(run_dir))
 
 
 def _note_changed_code(job: dict, history: History) -> None:
@@ -274,11 +308,12 @@ def _give_up(history: History, reason: str) -> None:
     sys.exit(1)
 
 
-def _requeue(history: History, job_id: str, restart: int) -> None:
-    """Back into the queue, unless Slurm has put it there already or somebody has cancelled it."""
+def _requeue(history: History, job_id: str, restart: int, lost_a_node: bool = False) -> None:
+    """Back into the queue, unless Slurm has put it there already (as it does when a node is lost) or somebody has cancelled it."""
     facts = slurm.job_facts(job_id)
     ran, limit = slurm.seconds_run(facts) if facts else (0, None)
-    if int(facts.get("Restarts", restart)) > restart:
+    print(f"Slurm says: JobState={facts.get('JobState')}, Restarts={facts.get('Restarts')}", flush=True)
+    if lost_a_node or int(facts.get("Restarts", restart)) > restart or facts.get("JobState") == "PENDING":
         history.add("requeued", by="Slurm")
     elif facts.get("JobState") == "RUNNING" or (limit and ran >= limit - 1) or facts.get("PreemptTime", "None") != "None":
         history.add("requeued", by="launchers")

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import subprocess
 import time
 from collections.abc import Iterator
@@ -41,6 +42,11 @@ def read_job(launch: Path) -> dict:
 def num_workers(job: dict) -> int:
     """Jobs in the array; 0: one job, and no array."""
     return job["items"]["workers"] if "items" in job else job.get("workers", 0)
+
+
+def in_container(job: dict) -> list[str]:
+    """The python of every rank, behind the site's container if it has one: what a rank's command begins with."""
+    return [*shlex.split(job["site"].get("container") or ""), job["site"].get("container_python") or job["command"][0]]
 
 
 class History:

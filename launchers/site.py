@@ -24,8 +24,10 @@ class Site:
     setup: list[str] = field(default_factory=list)
     environment: dict[str, str | int] = field(default_factory=dict)
     container: str | None = None
+    container_python: str | None = None
     python: str | None = None
     scratch: str | None = None
+    shared: list[str] = field(default_factory=list)
     network_interface: str | None = None
 
 
@@ -50,7 +52,7 @@ def load_site(path: Path | None) -> Site:
         kind = known[key].split("[")[0].split(" ")[0]
         if value is not None and (not isinstance(value, KINDS[kind]) or isinstance(value, bool)):
             raise ValueError(f"--site {path}: {key} must be a {kind}, got {value!r}" + ("; put quotes around it" if kind == "str" else ""))
-    for key in ("modules", "setup", "srun"):
+    for key in ("modules", "setup", "shared", "srun"):
         for entry in values.get(key) or []:
             if not isinstance(entry, str) or "\n" in entry:
                 raise ValueError(f"--site {path}: {key} must be a list of single lines of text, got {entry!r}")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import shutil
+import socket
 import subprocess
 import time
 from dataclasses import dataclass
@@ -109,6 +110,28 @@ def requeue(job: str) -> None:
             last = error
             time.sleep(2 * attempt + 1)
     raise last
+
+
+def other_machines(partition: str) -> list[str]:
+    """Nodes of a partition that are not this machine."""
+    nodes = ",".join(run("sinfo", "-h", "-p", partition, "-o", "%N").split())
+    found = re.findall(r"^NodeName=(\S+) .*\bNodeHostName=(\S+)", run("scontrol", "show", "node", "-o", nodes), re.MULTILINE)
+    here = socket.gethostname().split(".")[0]
+    return [node for node, host in found if host.split(".")[0] != here]
+
+
+def why_down(nodes: str) -> str:
+    """Those of `nodes` that Slurm has lost, with its reasons; "" if it has none, or cannot be asked."""
+    try:
+        lines = run("sinfo", "-h", "-N", "-n", nodes, "-o", "%N|%T|%E").splitlines()
+    except RuntimeError:
+        return ""
+    down = {}
+    for line in lines:  # one for each partition that the node is in
+        node, state, reason = line.split("|", 2)
+        if state.startswith(("down", "fail", "reboot")) or state.endswith("*"):
+            down[node] = f"{node} is {state.rstrip('*')}" + (f" ({reason})" if reason != "none" else " (Not responding)" if state.endswith("*") else "")
+    return ", ".join(down.values())
 
 
 def node_address(node: str) -> str:

@@ -13,6 +13,7 @@ import json
 import re
 import sys
 import time
+from itertools import takewhile
 from pathlib import Path
 
 from launchers import progress, slurm
@@ -21,6 +22,7 @@ from launchers.job import CANCELLED, tail
 from launchers.record import LAUNCH, History, checkpoints, last_row, num_workers, read_job
 
 TAIL_LINES = 12
+MANY = 5  # starts
 
 
 def status(run_dir: Path) -> dict:
@@ -46,6 +48,8 @@ def status(run_dir: Path) -> dict:
     }  # fmt: skip
     if job["resumes"]:
         found["progress"] = _progress(run_dir)
+        if (idle := _idle_starts(attempts)) >= MANY:
+            found["notes"].append(f"the last {idle} starts were stopped before they had got any further: does --time, less --signal-before, leave enough of a start?")
     if "items" in job:
         found["items"] = summary(launch)
     if "output" in job and job["kind"] == "latents":
@@ -53,6 +57,8 @@ def status(run_dir: Path) -> dict:
     found["last"] = _last_outcome(histories[0])
     found["workers"] = [_last_outcome(history) for history in histories] if num_workers(job) and "items" not in job else []
     found["doing"] = _doing(found)
+    if found["last"] is None and found["state"] in ("FAILED", "UNKNOWN"):
+        found["output"] = _output(launch, numbers)
     failures = [attempt for attempt in attempts if attempt.get("outcome") in ("failed", "input")]
     if failures and attempts[-1] is failures[-1]:
         found["failure"] = _failure(launch, failures[-1])
@@ -88,6 +94,12 @@ def _last_outcome(history: History) -> str | None:
     return outcome
 
 
+def _idle_starts(attempts: list[dict]) -> int:
+    """How many of the last starts were stopped (by a time limit, a preemption) without a new image."""
+    over = [attempt for attempt in attempts if "outcome" in attempt]
+    return len(list(takewhile(lambda attempt: attempt["outcome"] == "stopped" and attempt["images"] == attempt["from"], reversed(over))))
+
+
 def _running(attempts: list[dict]) -> bool:
     return bool(attempts) and "outcome" not in attempts[-1]
 
@@ -96,7 +108,7 @@ def _doing(found: dict) -> str:
     """The state in a word or two: Slurm's where the job lives, the record's where it is over."""
     last = found["last"]
     if "items" in found:
-        return "finished" if not found["items"]["left"] else found["state"].lower()
+        return "finished" if not found["items"]["left"] else _slurms_word(found)
     if found["workers"]:
         return _array_doing(found)
     if last == "finished":
@@ -105,9 +117,23 @@ def _doing(found: dict) -> str:
         return "cancelled" if found["given_up"] == CANCELLED else "given up"
     if last in ("input", "by hand"):
         return "refused its input" if last == "input" else "stopped by hand"
+    return _slurms_word(found)
+
+
+def _slurms_word(found: dict) -> str:
     if found["state"] == "PENDING":
         return "waiting in the queue" + (f" ({found['why']})" if found["why"] != "None" else "")
+    if found["state"] == "UNKNOWN":
+        return "over" if found["last"] not in (None, "running") else "gone: Slurm knows the job no more, and it left no word of its end"
+    if slurm.is_over(found["state"]):
+        return f"over: Slurm says {found['state']}"
     return found["state"].lower()
+
+
+def _output(launch: Path, numbers: list[str]) -> dict | None:
+    """The end of what the batch step has written, for a job that ended before it could note anything."""
+    paths = [path for number in numbers[-1:] for path in (launch / "submitit").glob(f"{number}_*_log.out")]
+    return {"log": str(paths[0]), "tail": tail(paths[0]).splitlines()[-TAIL_LINES:]} if paths else None
 
 
 def _array_doing(found: dict) -> str:
@@ -116,9 +142,7 @@ def _array_doing(found: dict) -> str:
         return "finished"
     if not found["working"] and any(outcome in ("given up", "input", "failed") for outcome in workers):
         return "failed"
-    if found["state"] == "PENDING":
-        return "waiting in the queue" + (f" ({found['why']})" if found["why"] != "None" else "")
-    return found["state"].lower()
+    return _slurms_word(found)
 
 
 def _progress(run_dir: Path) -> dict:
@@ -167,12 +191,12 @@ def show(found: dict) -> str:
     for attempt in found["attempts"]:
         end = attempt["time"] if "outcome" in attempt else time.time()
         images = f"{attempt['from']:,} -> {attempt['images']:,} images" if "outcome" in attempt else f"from {attempt['from']:,} images"
-        outcome = f"{attempt['outcome']}: {attempt['reason']}" if "outcome" in attempt else "running"
+        outcome = f"{attempt['outcome']}: {attempt['reason']}" if "outcome" in attempt else "running" if found["working"] else "no word of its end"
         when = time.strftime("%m-%d %H:%M", time.localtime(attempt["start"]))
         lines.append(f"  {attempt['job']}.{attempt['restart']:<3} {when}  {duration(end - attempt['start']):>8}  {attempt['nodes']}  "
                      + (f"{images}  " if "progress" in found else "") + outcome)
-    if "failure" in found:
-        lines += [f"\n  end of {found['failure']['log']}", *(f"    {line}" for line in found["failure"]["tail"])]
+    for ended in filter(None, (found.get("failure"), found.get("output"))):
+        lines += [f"\n  end of {ended['log']}", *(f"    {line}" for line in ended["tail"])]
     return "\n".join(lines)
 
 

@@ -8,6 +8,7 @@ import getpass
 import json
 import os
 import re
+import secrets
 import shlex
 import shutil
 import signal
@@ -18,12 +19,15 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
-from launchers import slurm
+from launchers import reward_workers, slurm
 from launchers.record import LAUNCH, ROOT, History, code_version, num_workers, write
 from launchers.site import Site, load_site
 
+# A job that was queued from a shell without `module` (a cron job, an editor) has none either: take it from where systems keep it.
+MODULES_INIT = ("type module >/dev/null 2>&1 || for init in /etc/profile.d/modules.sh /etc/profile.d/lmod.sh /etc/profile.d/z00_lmod.sh; "
+                "do [ ! -r $init ] || . $init; done")
 DEFAULT_MINUTES = 24 * 60
-NOT_SHARED = ("/tmp", "/var/tmp", "/dev/shm", "/run", "/scratch/local")
+LOCAL_DISKS = ("ext2", "ext3", "ext4", "xfs", "btrfs", "zfs", "f2fs", "jfs", "tmpfs", "ramfs", "overlay", "aufs", "squashfs")
 OPTIONS = """\
 Everything after `--` is the command's own. The job saves and comes back by itself after a preemption, a time limit, a failed node or a
 failed rank; it stops for good when it is finished, cancelled (scancel JOB), stopped by hand (scancel --signal=INT JOB: it saves first),
@@ -51,7 +55,7 @@ def add_options(parser: argparse.ArgumentParser, work: Work) -> None:
     cluster.add_argument("--time", metavar="H:M:S",
                          help="time limit of one start; the job comes back for the rest (default: the site file's, or a day, or what the partition allows)")
     if not work.one_rank:
-        cluster.add_argument("--nodes", type=int, default=1, metavar="N", help="machines (default: 1)")
+        cluster.add_argument("--nodes", default="1", metavar="N", help="machines; MIN-MAX: as many as there are, so that a lost one is not waited for (default: 1)")
         cluster.add_argument("--tasks-per-node", type=int, metavar="N", help="ranks on each (default: one a GPU, or 1 without GPUs)")
     cluster.add_argument("--gpus-per-node", type=int, metavar="N", help="GPUs on each (default: the site file's, or 0)")
     cluster.add_argument("--cpus-per-task", type=int, metavar="N", help="CPUs of each rank (default: the site file's)")
@@ -134,8 +138,9 @@ def make_plan(work: Work, given: argparse.Namespace, arguments: list[str], items
     if given.cpus_per_task:
         site = replace(site, cpus_per_task=given.cpus_per_task)
     gpus = site.gpus_per_node or 0 if given.gpus_per_node is None else given.gpus_per_node
-    nodes, tasks = (1, 1) if work.one_rank else (given.nodes, max(1, gpus) if given.tasks_per_node is None else given.tasks_per_node)
-    if min(nodes, tasks) < 1 or gpus < 0:
+    fewest, nodes = (1, 1) if work.one_rank else read_nodes(given.nodes)
+    tasks = 1 if work.one_rank else max(1, gpus) if given.tasks_per_node is None else given.tasks_per_node
+    if min(fewest, tasks) < 1 or gpus < 0:
         raise ValueError("--nodes and --tasks-per-node must be at least 1, --gpus-per-node at least 0")
     if given.local and nodes > 1:
         raise ValueError("--local runs on this machine alone: leave --nodes out")
@@ -146,14 +151,21 @@ def make_plan(work: Work, given: argparse.Namespace, arguments: list[str], items
         work.check(arguments, nodes * tasks)
     run_dir = work.run_dir(arguments, nodes * tasks) if work.run_dir else given.run or Path("runs") / f"{work.name}-{time.strftime('%Y%m%d-%H%M%S')}"
     run_dir = run_dir.resolve()
+    counts = usable_counts(work, arguments, fewest, nodes, tasks)
     if not given.local:
-        warn_if_not_shared(run_dir, max(nodes, items["workers"] if items else 1))
+        refuse_if_not_shared(run_dir, partition, site)
     job = {"kind": work.name, "run_dir": str(run_dir), "cwd": os.getcwd(), "resumes": work.resumes, "together": work.together, "nodes": nodes,
-           "tasks_per_node": tasks, "gpus_per_node": gpus, "max_failures": _max_failures(work) if given.max_failures is None else given.max_failures,
+           "node_counts": counts, "tasks_per_node": tasks, "gpus_per_node": gpus, "max_failures": _max_failures(work) if given.max_failures is None else given.max_failures,
            "hang_minutes": given.hang_minutes, "user": getpass.getuser(), "site": asdict(site),
            "command": [site.python or sys.executable, *work.arguments, *([str(run_dir)] if items else arguments)]}  # fmt: skip
     if items:
         job["items"] = items
+    if getattr(given, "reward_worker", None):
+        if given.local:
+            raise ValueError("--reward-worker is a part of a Slurm job; with --local start `python -m proxt2i.rewards.serve` yourself")
+        where, _ = check_partition(given.reward_partition or partition, 1, given.reward_gpus, None, ("--reward-partition", "--reward-gpus"))
+        job["reward_workers"] = {"arguments": given.reward_worker, "partition": where, "gpus": given.reward_gpus, "cpus": given.reward_cpus,
+                                 "constraint": site.constraint if where == partition else None}
     if work.output:
         with contextlib.suppress(ImportError):  # with --no-check on a machine without torch
             job["output"] = str(work.output(arguments).resolve())
@@ -167,6 +179,27 @@ def make_plan(work: Work, given: argparse.Namespace, arguments: list[str], items
 # Checks, all before anything is queued.
 
 
+def read_nodes(text: str) -> tuple[int, int]:
+    """(fewest, most) of "4" or "2-4"."""
+    match = re.fullmatch(r"(\d+)(?:-(\d+))?", text)
+    if not match or int(match[1]) > int(match[2] or match[1]):
+        raise ValueError(f"--nodes {text}: give a number, or the fewest and the most like 2-4")
+    return int(match[1]), int(match[2] or match[1])
+
+
+def usable_counts(work: Work, arguments: list[str], fewest: int, most: int, tasks: int) -> list[int]:
+    """Numbers of nodes that the batch divides among. ValueError if the fewest are none of them; `most` has been checked."""
+    usable = [most]
+    for count in range(fewest, most) if work.run_dir else ():
+        try:
+            work.run_dir(arguments, count * tasks)
+            usable.append(count)
+        except ValueError as error:
+            if count == fewest:
+                raise ValueError(f"--nodes {fewest}-{most}: {fewest} will not do: {error}") from None
+    return sorted(usable) if work.run_dir else list(range(fewest, most + 1))
+
+
 def _require_slurm(work: Work) -> None:
     if shutil.which("sbatch") is None:
         raise ValueError(f"no sbatch on PATH, so this machine cannot queue Slurm jobs. Run this on the cluster's login node, or add --local: it runs "
@@ -178,21 +211,21 @@ def _require_slurm(work: Work) -> None:
     raise ValueError("submitit is not installed: pip install submitit")
 
 
-def check_partition(wanted: str | None, nodes: int, gpus: int, limit: str | None) -> tuple[str, int]:
-    """(the partition's name, the time limit in minutes). ValueError says what the cluster has."""
+def check_partition(wanted: str | None, nodes: int, gpus: int, limit: str | None, flags=("--partition", "--gpus-per-node")) -> tuple[str, int]:
+    """(the partition's name, the time limit in minutes). ValueError names the flag (two of them: `flags`) and says what the cluster has."""
     found = slurm.partitions()
     have = ", ".join(f"{p.name} ({p.nodes} nodes, {p.gpus_per_node or 'no'} GPUs each)" for p in found.values())
     default = next((p.name for p in found.values() if p.is_default), None)
     name = wanted or default
     if name is None:
-        raise ValueError(f"--partition is missing, and this cluster has no default one. It has: {have}")
+        raise ValueError(f"{flags[0]} is missing, and this cluster has no default one. It has: {have}")
     if name not in found:
-        raise ValueError(f"--partition {name}: this cluster has no such partition. It has: {have}")
+        raise ValueError(f"{flags[0]} {name}: this cluster has no such partition. It has: {have}")
     partition = found[name]
     if nodes > partition.nodes:
         raise ValueError(f"--nodes {nodes}: partition {name} has {partition.nodes}. All partitions: {have}")
     if gpus > partition.gpus_per_node:
-        raise ValueError(f"--gpus-per-node {gpus}: the nodes of partition {name} have {partition.gpus_per_node or 'none'}. All partitions: {have}")
+        raise ValueError(f"{flags[1]} {gpus}: the nodes of partition {name} have {partition.gpus_per_node or 'none'}. All partitions: {have}")
     minutes = min(DEFAULT_MINUTES, partition.max_minutes or DEFAULT_MINUTES) if limit is None else slurm.minutes(limit) or DEFAULT_MINUTES
     if partition.max_minutes and minutes > partition.max_minutes:
         raise ValueError(f"--time {limit}: partition {name} allows {partition.max_minutes // 60}:{partition.max_minutes % 60:02d}:00. "
@@ -200,10 +233,26 @@ def check_partition(wanted: str | None, nodes: int, gpus: int, limit: str | None
     return name, minutes
 
 
-def warn_if_not_shared(run_dir: Path, nodes: int) -> None:
-    if nodes > 1 and any(run_dir.is_relative_to(folder) for folder in NOT_SHARED):
-        print(f"warning: {run_dir} looks like a folder of this machine alone, and the work is spread over {nodes}: what is not shared, the others "
-              "cannot write", file=sys.stderr)
+def refuse_if_not_shared(run_dir: Path, partition: str, site: Site) -> None:
+    """ValueError where the run folder's disk is this machine's own and the partition's nodes are other machines."""
+    if any(run_dir.is_relative_to(folder) for folder in site.shared):
+        return
+    kind, mounted = filesystem(run_dir)
+    if kind in LOCAL_DISKS and (others := slurm.other_machines(partition)):
+        raise ValueError(f"the run folder {run_dir} lies on a disk of this machine ({kind}, mounted at {mounted}), which the nodes of partition {partition} "
+                         f"({others[0]}, ...) are not expected to see: choose a folder on a shared disk. If this machine is their file server, say so in the "
+                         f"site file: `shared: [{mounted}]`")
+
+
+def filesystem(path: Path, mounts: Path = Path("/proc/self/mounts")) -> tuple[str, str]:
+    """(kind, mount point) of the disk that holds `path`, which need not be there yet."""
+    best = ("unknown", "/")
+    for line in mounts.read_text().splitlines() if mounts.exists() else []:
+        _, at, kind, *_ = line.split(" ")
+        at = at.replace("\\040", " ")
+        if path.is_relative_to(at) and len(at) >= len(best[1]):
+            best = (kind, at)
+    return best
 
 
 def prepare(plan: Plan) -> Path:
@@ -220,6 +269,8 @@ def prepare(plan: Plan) -> Path:
         launch.chmod(0o700)
         version, difference = code_version()
         write(launch / "code.diff", difference)
+        if "reward_workers" in plan.job:
+            write(launch / reward_workers.TOKEN, secrets.token_urlsafe() + "\n")
         write(launch / "job.json", json.dumps({**plan.job, "code": version}, indent=1))
     except OSError as error:
         raise ValueError(f"the run folder {run_dir} cannot be written: {error}; choose another one") from None
@@ -242,10 +293,15 @@ def sbatch_parameters(site: Site, job: dict, partition: str, minutes: int, signa
         "job_name": re.sub(r"[^\w.-]", "-", name), "partition": partition, "account": site.account, "qos": site.qos, "constraint": site.constraint,
         "nodes": job["nodes"], "ntasks_per_node": job["tasks_per_node"], "gpus_per_node": job["gpus_per_node"] or None,
         "cpus_per_task": site.cpus_per_task, "time": minutes, "signal_delay_s": signal_before, "use_srun": False, "stderr_to_stdout": True,
-        "setup": [*(f"module load {shlex.quote(module)}" for module in site.modules), *site.setup,
+        "setup": [*([MODULES_INIT] if site.modules else []), *(f"module load {shlex.quote(module)} || exit 1" for module in site.modules), *site.setup,
                   f"export PYTHONPATH={shlex.quote(str(ROOT))}${{PYTHONPATH:+:$PYTHONPATH}}"],
         "additional_parameters": {"requeue": True, **{key.replace("-", "_"): value for key, value in site.sbatch.items()}},
     }  # fmt: skip
+    if (fewest := min(job["node_counts"])) < job["nodes"]:  # told of tasks, Slurm gives the fewest nodes that hold them
+        parameters |= {"ntasks_per_node": None, "cpus_per_task": (site.cpus_per_task or 1) * job["tasks_per_node"]}
+        parameters["additional_parameters"]["nodes"] = f"{fewest}-{job['nodes']}"
+    if "reward_workers" in job:  # before the first line that is no comment, where sbatch stops reading
+        parameters["setup"][:0] = reward_workers.sbatch_lines(job, parameters)
     return {key: value for key, value in parameters.items() if value is not None}
 
 

@@ -4,9 +4,11 @@ import contextlib
 import io
 import json
 import os
+import re
 import shutil
+import signal
 import subprocess
-import sys
+import threading
 import time
 from pathlib import Path
 
@@ -14,6 +16,7 @@ import psutil
 import pytest
 from runs import ROOT
 
+import launchers.slurm
 import launchers.status
 import launchers.train
 
@@ -22,9 +25,15 @@ MISSING = [name for name in ("slurmctld", "slurmd", "munged", "sbatch", "srun") 
 
 @pytest.fixture(scope="session")
 def cluster(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("slurm")
-    script = ROOT / "tests" / "slurm" / "cluster.sh"
-    up = subprocess.run([script, "up", folder], text=True, capture_output=True, timeout=60)
+    with cluster_up(tmp_path_factory.mktemp("slurm")) as folder:
+        yield folder
+
+
+@contextlib.contextmanager
+def cluster_up(folder: Path, *options: str):
+    """A cluster with the options of tests/slurm/cluster.sh, which the launchers and Slurm's commands talk to meanwhile."""
+    script, before = ROOT / "tests" / "slurm" / "cluster.sh", os.environ.get("SLURM_CONF")
+    up = subprocess.run([script, "up", folder, *options], text=True, capture_output=True, timeout=120)
     os.environ["SLURM_CONF"] = str(folder / "slurm.conf")
     try:
         assert up.returncode == 0, up.stdout + up.stderr
@@ -32,14 +41,16 @@ def cluster(tmp_path_factory):
     finally:
         subprocess.run([script, "down", folder], check=True, timeout=60)
         del os.environ["SLURM_CONF"]
+        if before:
+            os.environ["SLURM_CONF"] = before
 
 
-def python(*arguments, check=True, **options):
-    """`python -m ARGUMENTS`, finished."""
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run([sys.executable, "-m", *map(str, arguments)], cwd=ROOT, env=environment, text=True, capture_output=True, **options)
-    assert not check or done.returncode == 0, done.stdout + done.stderr
-    return done
+def launched(front_end, *arguments) -> tuple[int, str, str]:
+    """A front end's main(ARGUMENTS), in this process: exit status, what it printed, what it complained of."""
+    said, complaints = io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(said), contextlib.redirect_stderr(complaints):
+        status = front_end.main(list(map(str, arguments)))
+    return status, said.getvalue(), complaints.getvalue()
 
 
 def slurm(*command) -> str:
@@ -51,12 +62,11 @@ def slurm(*command) -> str:
 class Job:
     """A training run, queued; `events`: what happens to it once its start number 0, 1, ... trains: functions of the job."""
 
-    def __init__(self, run_dir: Path, launcher: list, arguments: list, events=()):
-        self.run_dir, self.events, self.happened = run_dir, list(events), 0
-        said = io.StringIO()
-        with contextlib.redirect_stdout(said):
-            assert launchers.train.main([*map(str, ["--no-check", *launcher, "--", *arguments])]) == 0
-        self.number = said.getvalue().split("queued as job ")[1].split()[0]
+    def __init__(self, run_dir: Path, launcher: list, arguments: list, events=(), front_end=launchers.train):
+        self.run_dir, self.events, self.happened, self.script = run_dir, list(events), 0, f"{front_end.__name__.rpartition('.')[2]}.py"
+        status, said, complaints = launched(front_end, "--no-check", *launcher, "--", *arguments)
+        assert status == 0, complaints
+        self.number = said.split("queued as job ")[1].split()[0]
 
     def poke(self) -> bool:
         """Let the next event happen if it is time; whether the job is over."""
@@ -87,7 +97,7 @@ class Job:
             try:
                 environment = process.environ()
                 is_rank = environment.get("SLURM_JOB_ID") == self.number and environment.get("SLURM_PROCID") == str(rank) and "SLURM_STEP_ID" in environment
-                if is_rank and any(part.endswith("train.py") for part in process.cmdline()):
+                if is_rank and any(part.endswith(self.script) for part in process.cmdline()):
                     return process.pid
             except psutil.Error:
                 continue
@@ -117,3 +127,26 @@ def signals(name: str):
 
 def requeue(job: Job) -> None:
     slurm("scontrol", "requeue", job.number)
+
+
+def run_out_of_time(job: Job) -> None:
+    """Its limit becomes so near that Slurm's warning is due. Rank 0 stands still until it has come: Slurm looks twice a minute."""
+    rank = psutil.Process(job.pid(0))
+    rank.suspend()
+    ran, _ = launchers.slurm.seconds_run(launchers.slurm.job_facts(job.number))
+    slurm("scontrol", "update", f"JobId={job.number}", f"TimeLimit={ran // 60 + 2}")
+    threading.Thread(target=_wake, args=(job, rank), daemon=True).start()
+
+
+def _wake(job: Job, rank: psutil.Process) -> None:
+    end = time.monotonic() + 120
+    with contextlib.suppress(psutil.Error, OSError):
+        while rank.status() == psutil.STATUS_STOPPED and not _pending(rank.pid, signal.SIGUSR2) and time.monotonic() < end:
+            time.sleep(0.1)  # Slurm may wake it itself
+        rank.resume()
+    slurm("scontrol", "update", f"JobId={job.number}", "TimeLimit=60")
+
+
+def _pending(process: int, number: int) -> bool:
+    waiting = re.search(r"^ShdPnd:\s*(\w+)", Path(f"/proc/{process}/status").read_text(), re.MULTILINE)
+    return bool(int(waiting[1], 16) >> (number - 1) & 1)

@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 from runs import ROOT, overrides
@@ -16,7 +17,7 @@ import launchers.evaluate
 import launchers.latents
 import launchers.status
 import launchers.train
-from launchers import items, job, progress, slurm
+from launchers import items, job, progress, slurm, submit
 from launchers.record import History, images_reached
 from launchers.site import Site, load_site
 from proxt2i.training.slurm import adopt_slurm_ranks
@@ -129,6 +130,8 @@ def test_a_requeued_run_takes_its_own_newest_checkpoint(tmp_path):
     first = command("a.b=1")
     assert first == ["box", "run", "python", "-m", "launchers.rank", "train.py", "a.b=1", "--resume"]
     assert command("--resume", "/old/step-000000010", "a.b=1")[6:] == ["--resume", "/old/step-000000010", "a.b=1"]
+    inside = {"command": ["python", "train.py"], "resumes": False, "run_dir": str(tmp_path), "site": {"container": None, "container_python": "/opt/python"}}
+    assert job.rank_command(inside)[0] == "/opt/python"  # srun's own options name the container, as with pyxis
     (tmp_path / "checkpoints" / "step-000000128").mkdir(parents=True)
     assert command("--resume", "/old/step-000000010", "a.b=1")[6:] == ["a.b=1", "--resume"]
     assert command("--resume", "a.b=1")[6:] == ["a.b=1", "--resume"]
@@ -177,6 +180,31 @@ def test_the_example_site_has_every_key():
     site = load_site(ROOT / "configs" / "site_example.yaml")
     text = (ROOT / "configs" / "site_example.yaml").read_text()
     assert all(f"\n{name}:" in text for name in Site.__dataclass_fields__) and site.gpus_per_node == 8
+
+
+def test_any_number_of_nodes_between_two_is_used_as_far_as_the_batch_divides(settings):
+    work = launchers.train.trainer("train")
+    assert submit.read_nodes("4") == (4, 4) and submit.read_nodes("2-16") == (2, 16)
+    assert submit.usable_counts(work, overrides(settings), 1, 4, 1) == [1, 2, 4]  # of a batch of 16
+    with pytest.raises(ValueError, match="--nodes 3-4: 3 will not do: .* must be divisible by the number of ranks"):
+        submit.usable_counts(work, overrides(settings), 3, 4, 1)
+    assert submit.usable_counts(launchers.latents.WORK, [], 2, 4, 1) == [2, 3, 4]
+    assert job.usable_nodes({"node_counts": [1, 2, 4]}, ["n1", "n2", "n7"]) == ["n1", "n2"]
+
+
+def test_the_disk_of_a_folder_that_is_not_there_yet(tmp_path):
+    (tmp_path / "mounts").write_text("a / ext4 rw 0 0\nb /shared nfs4 rw 0 0\nc /shared/my\\040disk xfs rw 0 0\nd /sharedtoo tmpfs rw 0 0\n")
+
+    def disk(path):
+        return submit.filesystem(Path(path), tmp_path / "mounts")
+
+    assert disk("/home/me/run") == ("ext4", "/") and disk("/shared/runs/a") == ("nfs4", "/shared") and disk("/shared/my disk/run") == ("xfs", "/shared/my disk")
+
+
+def test_starts_that_bring_nothing_are_noted():
+    ends = [{"outcome": "stopped", "from": 96, "images": images} for images in (96, 97, 96, 96)]
+    assert launchers.status._idle_starts(ends) == 2 and launchers.status._idle_starts([*ends, {"from": 96}]) == 2
+    assert launchers.status._idle_starts([{"outcome": "failed", "from": 0, "images": 0}]) == 0
 
 
 def test_everything_wrong_is_said_before_anything_is_queued(settings, tmp_path, monkeypatch, capsys):

@@ -74,6 +74,15 @@ def test_a_worker_gives_the_same_scores_as_the_reward_itself(worker, token_file,
     assert ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
 
 
+def test_a_worker_can_be_named_by_the_environment(worker, token_file, monkeypatch):
+    by_name = RewardSettings("http", url="$REWARD_WORKER_1/portraits", token_file="$REWARD_TOKEN")
+    with pytest.raises(ValueError, match="there is no variable REWARD_WORKER_1; `launchers.grpo --reward-worker` sets"):
+        load_reward(by_name)
+    monkeypatch.setenv("REWARD_WORKER_1", worker.url)
+    monkeypatch.setenv("REWARD_TOKEN", str(token_file))
+    assert load_reward(by_name).url == f"{worker.url}/portraits"
+
+
 def test_wrong_tokens_and_names_are_found_before_the_work(worker, token_file, tmp_path):
     (tmp_path / "other").write_text("another-token-altogether")
     with pytest.raises(ValueError, match="refused: status 401: wrong or missing token; set token_file"):

@@ -7,6 +7,8 @@ A request is one safetensors file: the tensor `images`, uint8 [B, 3, H, W], and 
 from __future__ import annotations
 
 import json
+import os
+import re
 import time
 from http.client import HTTPConnection, HTTPException, HTTPSConnection
 from pathlib import Path
@@ -123,8 +125,17 @@ def read_token(file: Path | str) -> str:
     return token
 
 
+def _expand(value: str | None, field: str) -> str | None:
+    """`value` with $NAME replaced by that variable. ValueError where there is none."""
+    missing = [name for name in re.findall(r"\$(\w+)", value or "") if name not in os.environ]
+    if missing:
+        raise ValueError(f"{field} {value!r}: there is no variable {missing[0]}; `launchers.grpo --reward-worker` sets REWARD_WORKER_1, ... and REWARD_TOKEN")
+    return os.path.expandvars(value) if value else value
+
+
 def load(settings: RewardSettings, device: torch.device) -> HttpReward:
-    reward = HttpReward(settings.url, settings.timeout_s, read_token(settings.token_file) if settings.token_file else None)
+    url, token_file = (_expand(value, field) for value, field in ((settings.url, "url"), (settings.token_file, "token_file")))
+    reward = HttpReward(url, settings.timeout_s, read_token(token_file) if token_file else None)
     reward.check()
     return reward
 

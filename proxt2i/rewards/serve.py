@@ -142,7 +142,8 @@ def main(argv: list[str] | None = None) -> int:
     except (ValueError, OSError) as error:
         print(f"proxt2i.rewards.serve: error: {error}", file=sys.stderr)
         return 2
-    signal.signal(signal.SIGTERM, lambda *_: threading.Thread(target=worker.shutdown).start())
+    if signal.getsignal(signal.SIGTERM) != signal.SIG_IGN:  # as under nohup: what is ignored stays so
+        signal.signal(signal.SIGTERM, lambda *_: threading.Thread(target=worker.shutdown).start())
     for name in worker.rewards:
         print(f"serving http://{args.host}:{worker.server_port}/{name}", flush=True)
     try:

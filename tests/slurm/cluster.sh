@@ -1,17 +1,29 @@
 #!/usr/bin/env bash
 # A real Slurm cluster of two nodes on this machine, for tests: munged, slurmctld and two slurmd, on the loopback interface only.
 #
-#   tests/slurm/cluster.sh up DIR      start it; everything it keeps lies in DIR. Then: export SLURM_CONF=DIR/slurm.conf
+#   tests/slurm/cluster.sh up DIR [accounting] [Key=Value ...]
+#                                      start it; everything it keeps lies in DIR. Then: export SLURM_CONF=DIR/slurm.conf
+#                                      accounting: with a slurmdbd and a MariaDB of its own; Key=Value: for slurm.conf
 #   tests/slurm/cluster.sh down DIR    end its jobs and daemons; the files stay for a look
 #
-# Needs Debian's slurm-wlm and munge. Root is not needed. Several clusters may be up at once, each in a DIR and on ports of its own.
-# Partitions: tiny (both nodes, the default; 2 GPUs that exist in name only on each, at most 2 hours), one (node1) and low
-# (both nodes, which jobs in tiny may take from it: its jobs are requeued).
+# Needs Debian's slurm-wlm and munge; accounting needs slurmdbd and mariadb-server too. Root is not needed. Several clusters may be up
+# at once, each in a DIR and on ports of its own.
+# Partitions: tiny (both nodes, the default; 2 GPUs that exist in name only on each, at most 2 hours), one (node1), low
+# (both nodes, which jobs in tiny may take from it: its jobs are requeued) and away (a node of another machine, which is never up).
 set -euo pipefail
 verb=${1:-} dir=${2:-}
 [[ ($verb == up || $verb == down) && -n $dir ]] || { grep '^# ' "$0" | sed 's/^# //; 1d' >&2; exit 2; }
+shift 2
+accounting=no settings=()
+for option in "$@"; do
+  case $option in
+    accounting) accounting=yes ;;
+    *=*) settings+=("$option") ;;
+    *) echo "unknown option $option: accounting, or Key=Value for slurm.conf" >&2; exit 2 ;;
+  esac
+done
 mkdir -p "$dir" && dir=$(cd "$dir" && pwd)
-export SLURM_CONF=$dir/slurm.conf PATH=$PATH:/usr/sbin:/sbin
+export SLURM_CONF=$dir/slurm.conf MYSQL_UNIX_PORT=$dir/mariadb.socket PATH=$PATH:/usr/sbin:/sbin
 
 alive() { [[ -f $1 ]] && grep -qs '^State:.[^Z]' "/proc/$(<"$1")/status"; }
 wait_for() {  # SECONDS COMMAND...
@@ -21,11 +33,12 @@ wait_for() {  # SECONDS COMMAND...
 gone() { ! alive "$1"; }
 
 stop() {
+  set +e  # whatever goes wrong, the rest is to end too
   if alive "$dir/slurmctld.pid"; then
     scancel --quiet --user="$(id -un)" || true
     wait_for 10 bash -c '[[ -z $(squeue -h) ]]' || true
   fi
-  for name in slurmd-node1 slurmd-node2 slurmctld munged; do
+  for name in slurmd-node1 slurmd-node2 slurmctld slurmdbd mariadb munged; do
     if alive "$dir/$name.pid"; then
       kill "$(<"$dir/$name.pid")" 2>/dev/null || true
       wait_for 10 gone "$dir/$name.pid" || kill -9 "$(<"$dir/$name.pid")" 2>/dev/null || true
@@ -45,17 +58,20 @@ for process in pathlib.Path("/proc").glob("[0-9]*"):
 PY
 }
 
-if [[ $verb == down ]]; then stop; exit; fi
+if [[ $verb == down ]]; then stop; exit 0; fi
 if alive "$dir/slurmctld.pid"; then echo "$dir: a cluster is up already"; exit; fi
 for program in munged slurmctld slurmd sbatch srun; do
   command -v $program >/dev/null || { echo "no $program: apt-get install -y slurm-wlm munge" >&2; exit 3; }
 done
-trap 'echo "the cluster did not come up; the logs are in '"$dir"'" >&2; tail -n 3 "$dir"/*.log >&2; stop' ERR
+for program in slurmdbd mariadbd mariadb-install-db; do
+  [[ $accounting == no ]] || command -v $program >/dev/null || { echo "no $program: apt-get install -y slurmdbd mariadb-server" >&2; exit 3; }
+done
+trap 'echo "the cluster did not come up; the logs are in '"$dir"'" >&2; tail -n 3 "$dir"/*.log >&2; stop; exit 1' ERR
 
 host=$(hostname -s)
-read -r p0 p1 p2 < <(python3 - <<'PY'
+read -r p0 p1 p2 p3 < <(python3 - <<'PY'
 import socket
-sockets = [socket.create_server(("127.0.0.1", 0)) for _ in range(3)]
+sockets = [socket.create_server(("127.0.0.1", 0)) for _ in range(4)]
 print(*(s.getsockname()[1] for s in sockets))
 PY
 )
@@ -94,18 +110,51 @@ SchedulerParameters=batch_sched_delay=0,sched_interval=1,sched_min_interval=0,bf
 KillWait=10
 MinJobAge=3600
 RebootProgram=/bin/false
+NodeName=far NodeHostname=another-machine NodeAddr=127.0.0.1 Port=1 CPUs=16 RealMemory=4000 State=DOWN Reason=is_no_node
 NodeName=node[1-2] NodeHostname=$host NodeAddr=127.0.0.1 Port=[$p1,$p2] CPUs=16 RealMemory=4000 Gres=gpu:2 State=UNKNOWN
 PartitionName=tiny Nodes=node[1-2] Default=YES MaxTime=2:00:00 PriorityTier=10 PreemptMode=off
 PartitionName=one Nodes=node1 MaxTime=2:00:00 PriorityTier=10 PreemptMode=off
+PartitionName=away Nodes=far MaxTime=2:00:00
 PartitionName=low Nodes=node[1-2] MaxTime=2:00:00 PriorityTier=1 PreemptMode=REQUEUE GraceTime=20
 CONF
-touch "$dir/gpu0" "$dir/gpu1"
-echo "Name=gpu File=$dir/gpu[0-1]" >"$dir/gres.conf"
+printf '%s\n' "${settings[@]}" >>"$SLURM_CONF"
+printf 'Name=gpu File=%s\n' /dev/null /dev/zero >"$dir/gres.conf"  # must be devices, or the steps hear nothing of them
 echo "CgroupAutomount=no" >"$dir/cgroup.conf"
 
 munged --key-file="$dir/munge.key" --socket="$dir/munge.socket" --pid-file="$dir/munged.pid" --log-file="$dir/munged.log" \
   --seed-file="$dir/munge.seed" --num-threads=2 --force >"$dir/munged.out" 2>&1
 wait_for 10 munge --socket="$dir/munge.socket" -n
+if [[ $accounting == yes ]]; then
+  (umask 077; cat >"$dir/slurmdbd.conf" <<CONF
+DbdHost=localhost
+DbdAddr=127.0.0.1
+DbdPort=$p3
+SlurmUser=$(id -un)
+AuthType=auth/munge
+AuthInfo=socket=$dir/munge.socket
+PidFile=$dir/slurmdbd.pid
+LogFile=$dir/slurmdbd.log
+StorageType=accounting_storage/mysql
+StorageHost=localhost
+StorageUser=$(id -un)
+StorageLoc=slurm
+CONF
+  )
+  cat >>"$SLURM_CONF" <<CONF
+AccountingStorageType=accounting_storage/slurmdbd
+AccountingStorageHost=127.0.0.1
+AccountingStoragePort=$p3
+AccountingStoragePass=$dir/munge.socket
+CONF
+  # Reached by its socket alone; whoever runs this is its root, and needs no password.
+  mariadb-install-db --no-defaults --user="$(id -un)" --auth-root-authentication-method=socket --auth-root-socket-user="$(id -un)" \
+    --datadir="$dir/mariadb" --skip-test-db >"$dir/mariadb.log" 2>&1
+  mariadbd --no-defaults --user="$(id -un)" --datadir="$dir/mariadb" --socket="$MYSQL_UNIX_PORT" --pid-file="$dir/mariadb.pid" --skip-networking \
+    --innodb-buffer-pool-size=64M --innodb-flush-log-at-trx-commit=0 >>"$dir/mariadb.log" 2>&1 &
+  wait_for 30 mariadb --no-defaults --socket="$MYSQL_UNIX_PORT" --user=root -e "CREATE DATABASE slurm"
+  slurmdbd 2>"$dir/slurmdbd.out"
+  wait_for 30 sacctmgr -i add cluster proxt2i
+fi
 slurmctld -c -i 2>"$dir/slurmctld.out"
 slurmd -N node1 2>"$dir/slurmd.out"
 slurmd -N node2 2>>"$dir/slurmd.out"
