@@ -16,7 +16,7 @@ export PATH := $(BIN):$(PATH)
 .PHONY: help venv test lint docs soak demo emulate rewards-check cuda-check gpu-check clean check-machine
 
 help:
-	@echo "make demo        draw a data set, train a model on it, sample and evaluate (sets itself up first)"
+	@echo "make demo        draw a data set, train a model on it, tune it with GRPO, sample and evaluate (sets itself up first); ARGS=--no-grpo"
 	@echo "make test        all tests, JOBS=$(JOBS) files at a time (sets itself up first); ARGS='-k name' goes to pytest (JOBS=0 with -s or --pdb)"
 	@echo "make soak        kill -9 a two-rank run 20 times and compare it with an unbroken one, change its ranks, fill its disk; kill a curation; disturb a Slurm job (minutes); KILLS=20 MOMENTS=10"
 	@echo "make lint        ruff and mypy (sets itself up first)"

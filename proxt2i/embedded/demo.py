@@ -1,11 +1,11 @@
-"""`make demo`: pretrain a proximal text-to-image model on portraits in front of your eyes, then sample and measure it.
+"""`make demo`: pretrain a proximal text-to-image model on portraits in front of your eyes, tune it with GRPO, sample and measure it.
 
-    python -m proxt2i.embedded.demo [--run-dir runs/demo] [--grpo] [overrides of configs/demo.yaml, e.g. train.images=100000]
+    python -m proxt2i.embedded.demo [--run-dir runs/demo] [--no-grpo] [overrides of configs/demo.yaml, e.g. train.images=100000]
 
 Runs commands that you could type yourself and prints each: training under the deepspeed launcher (one rank per GPU, or per core on a
-CPU), samples of a few prompts, the evaluation, and a page about it all. --grpo tunes the model on its reward besides, into RUN_DIR-grpo
-(minutes more), and ends with pictures and the judge's figures before and after. Interrupted, it goes on where it stopped; finished, it
-only samples and evaluates again; delete the run folders to start afresh.
+CPU), GRPO into RUN_DIR-grpo, samples of a few prompts, the evaluation with the judge's figures before and after, and a page about it all.
+--no-grpo leaves the second stage out (about four minutes less). Interrupted, it goes on where it stopped; finished, it only samples and
+evaluates again; delete the run folders to start afresh.
 """
 
 from __future__ import annotations
@@ -82,8 +82,7 @@ def comparison(folders: dict[str, Path]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser("python -m proxt2i.embedded.demo", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--run-dir", type=Path, default=Path("runs/demo"))
-    parser.add_argument("--grpo", action=argparse.BooleanOptionalAction, default=False,
-                        help="tune the model with GRPO after pretraining, into RUN_DIR-grpo")
+    parser.add_argument("--grpo", action=argparse.BooleanOptionalAction, default=True, help="tune the model with GRPO after pretraining, into RUN_DIR-grpo")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value")
     args = parser.parse_args()
 
