@@ -20,7 +20,6 @@ from torch.utils.checkpoint import checkpoint
 from ..diffusion.precondition import precondition
 from ..diffusion.schedule import VPSchedule
 from ..ops import attention
-from ..ops.linear import Linear, linear
 
 LAMBDA_FLOOR = 1e-4  # lambda below it (the score baseline passes 0) reads as this value; plans stay far above
 
@@ -62,10 +61,10 @@ class Attention(nn.Module):
     def __init__(self, dim: int, num_heads: int, qk_norm: bool):
         super().__init__()
         self.head_dim = dim // num_heads
-        self.qkv = Linear(dim, 3 * dim, bias=False)
+        self.qkv = nn.Linear(dim, 3 * dim, bias=False)
         self.q_norm = nn.RMSNorm(self.head_dim, eps=1e-6) if qk_norm else None
         self.k_norm = nn.RMSNorm(self.head_dim, eps=1e-6) if qk_norm else None
-        self.proj = Linear(dim, dim)
+        self.proj = nn.Linear(dim, dim)
 
     def forward(self, x: Tensor, num_queries: int | None = None) -> Tensor:
         """x [B, L, D] -> [B, L, D], or [B, num_queries, D]: only the last `num_queries` tokens ask."""
@@ -77,8 +76,8 @@ class Attention(nn.Module):
 class Mlp(nn.Module):
     def __init__(self, dim: int, hidden_dim: int):
         super().__init__()
-        self.fc1 = Linear(dim, hidden_dim)
-        self.fc2 = Linear(hidden_dim, dim)
+        self.fc1 = nn.Linear(dim, hidden_dim)
+        self.fc2 = nn.Linear(hidden_dim, dim)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.fc2(F.gelu(self.fc1(x)))
@@ -92,7 +91,7 @@ class LongSkip(nn.Linear):
 
     def forward(self, x: Tensor, skip: Tensor) -> Tensor:
         x_weight, skip_weight = self.weight.chunk(2, dim=1)
-        return linear(x, x_weight, self.bias) + linear(skip, skip_weight)
+        return F.linear(x, x_weight, self.bias) + F.linear(skip, skip_weight)
 
 
 class Block(nn.Module):
@@ -117,7 +116,7 @@ class TextProjection(nn.Sequential):
     """LayerNorm + Linear from a text encoder's width to the model's."""
 
     def __init__(self, text_dim: int, dim: int):
-        super().__init__(nn.LayerNorm(text_dim), Linear(text_dim, dim))
+        super().__init__(nn.LayerNorm(text_dim), nn.Linear(text_dim, dim))
 
 
 class UViT2DModel(ModelMixin, ConfigMixin):
@@ -162,7 +161,7 @@ class UViT2DModel(ModelMixin, ConfigMixin):
         def blocks(skip: bool) -> nn.ModuleList:
             return nn.ModuleList(Block(embed_dim, num_heads, mlp_ratio, qk_norm, skip) for _ in range(depth // 2))
 
-        self.patch_embed = Linear(patch_dim, embed_dim)
+        self.patch_embed = nn.Linear(patch_dim, embed_dim)
         self.t_embed = ScalarEmbedding(embed_dim)
         self.lam_embed = ScalarEmbedding(embed_dim)
         self.text_embed = nn.ModuleList(TextProjection(d, embed_dim) for d in text_dims)
@@ -172,7 +171,7 @@ class UViT2DModel(ModelMixin, ConfigMixin):
         self.mid_block = Block(embed_dim, num_heads, mlp_ratio, qk_norm, skip=False)
         self.out_blocks = blocks(skip=True)
         self.norm = nn.LayerNorm(embed_dim)
-        self.out = Linear(embed_dim, patch_dim)
+        self.out = nn.Linear(embed_dim, patch_dim)
         self.conv = nn.Conv2d(in_channels, in_channels, 3, padding=1) if final_conv else None
         self.reset_parameters()
 
