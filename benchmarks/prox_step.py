@@ -12,6 +12,7 @@ They take turns, so that other work on the machine hits them alike; times are me
 (y and both network outputs read, the next y written) for all. Ratios are times divided by the fused step's.
 """
 
+import random
 import statistics
 import time
 
@@ -57,15 +58,16 @@ def ddim_step(shape: tuple[int, ...], device: str) -> dict:
 
 
 def measure(steps: dict, repeats: int, device: str, cpu_time: bool = False) -> dict[str, list[float]]:
-    """Seconds of each call, the steps taking turns; cpu_time: of this thread at work alone, see timing.operator_arguments."""
+    """Seconds of each call, the steps taking turns in an order that changes: each finds in the caches what the one before left there. cpu_time: of this thread at work alone, see timing.operator_arguments."""
     clock = time.thread_time if cpu_time else time.perf_counter
     wait = torch.cuda.synchronize if device == "cuda" else lambda: None
-    times = {name: [] for name in steps}
+    times, order, rng = {name: [] for name in steps}, list(steps), random.Random(0)
     for repeat in range(-3, repeats):
-        for name, step in steps.items():
+        rng.shuffle(order)
+        for name in order:
             wait()
             start = clock()
-            step()
+            steps[name]()
             wait()
             if repeat >= 0:
                 times[name].append(clock() - start)
