@@ -134,7 +134,7 @@ def test_a_lost_node_is_named_and_the_run_goes_on_with_what_is_there(settings, t
 
 @pytest.mark.skipif(not (shutil.which("slurmdbd", path=os.environ["PATH"] + ":/usr/sbin") and shutil.which("mariadb-install-db")),
                     reason="no slurmdbd or MariaDB here: apt-get install slurmdbd mariadb-server")
-def test_the_accounting_database_knows_how_a_job_ended_that_slurm_has_forgotten(tmp_path):
+def test_the_accounting_database_knows_how_a_job_ended_that_slurm_has_forgotten(tmp_path, monkeypatch):
     ends = {"fine": ("true", [], "COMPLETED", "finished"), "limit": ("trap '' TERM; sleep 600", ["--time", 1, "--signal-before", 0], "TIMEOUT", "over: Slurm says TIMEOUT"),
             "cancelled": ("sleep 600", [], "CANCELLED", "over: Slurm says CANCELLED"), "killed": ("sleep 600", [], "FAILED", "over: Slurm says FAILED")}
     with cluster_up(tmp_path / "cluster", "accounting", "MinJobAge=2", "KillWait=2"):
@@ -152,6 +152,7 @@ def test_the_accounting_database_knows_how_a_job_ended_that_slurm_has_forgotten(
             found = launchers.status.status(tmp_path / name)
             assert launchers.slurm.job_facts(jobs[name]) == {} and found["state"] == state, (name, found)
             assert words in launchers.status.show(found), launchers.status.show(found)
+    monkeypatch.delenv("SLURM_CONF", raising=False)  # of a cluster that other tests use, which has jobs of the same numbers
     for name in ends:  # and without Slurm it says what it has noted itself
         assert launchers.status.status(tmp_path / name)["state"] == "UNKNOWN"
     assert "finished" in launchers.status.show(launchers.status.status(tmp_path / "fine"))
