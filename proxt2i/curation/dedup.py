@@ -302,7 +302,7 @@ def dedup(run: Run) -> dict:
                 yield number, records_of(run, marker)
 
         found = find_duplicates(samples(), run.out / "work" / "dedup.sqlite", exact=c.exact, near=c.near, distance=c.distance, color=c.color, mirrored=c.mirrored,
-                                      placeholder_repeats=run.config.filter.placeholder_repeats, advance=bar.update)
+                                placeholder_repeats=run.config.filter.placeholder_repeats, advance=bar.update)
     starts = np.cumsum([0, *counts])
     parts = []
     for unit, start, stop in zip(run.units, starts, starts[1:]):

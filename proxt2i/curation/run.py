@@ -62,8 +62,9 @@ class Run:
 
     def bar(self, units: list[Unit], what: str) -> Progress:
         """Progress in bytes, whose total is known beforehand; images/s beside."""
-        return Progress(total=sum(unit.size for unit in units), desc=what, unit="B", unit_scale=True, disable=self.quiet or not sum(unit.size for unit in units),
-                    bar_format="{desc}: {percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}{postfix}]", mininterval=0.5)
+        total = sum(unit.size for unit in units)
+        return Progress(total=total, desc=what, unit="B", unit_scale=True, disable=self.quiet or not total,
+                        bar_format="{desc}: {percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}{postfix}]", mininterval=0.5)
 
 
 def num_workers(config: Curation) -> int:

@@ -48,11 +48,20 @@ def frechet_distance(a: Tensor, b: Tensor) -> float:
     a, b = a.double(), b.double()
     if min(len(a), len(b)) < 2:
         raise ValueError("a Fréchet distance needs at least 2 pictures on each side")
-    cov_a, cov_b = torch.cov(a.T), torch.cov(b.T)
-    values, vectors = torch.linalg.eigh(cov_a)
-    root = vectors * values.clamp_min(0).sqrt() @ vectors.T
-    cross = torch.linalg.eigvalsh(root @ cov_b @ root).clamp_min(0).sqrt().sum()
-    return ((a.mean(0) - b.mean(0)).square().sum() + cov_a.trace() + cov_b.trace() - 2 * cross).item()
+    cov_a = torch.cov(a.T)
+    return distance_of_gaussians(a.mean(0) - b.mean(0), cov_a, torch.cov(b.T), symmetric_root(cov_a))
+
+
+def symmetric_root(covariance: Tensor) -> Tensor:
+    """covariance^½ [D, D]."""
+    values, vectors = torch.linalg.eigh(covariance)
+    return vectors * values.clamp_min(0).sqrt() @ vectors.T
+
+
+def distance_of_gaussians(gap: Tensor, cov_a: Tensor, cov_b: Tensor, root_a: Tensor) -> float:
+    """`frechet_distance` from the difference of means [D], covariances [D, D] and the root of the first."""
+    cross = torch.linalg.eigvalsh(root_a @ cov_b @ root_a).clamp_min(0).sqrt().sum()
+    return (gap.square().sum() + cov_a.trace() + cov_b.trace() - 2 * cross).item()
 
 
 def diversity(features: Tensor, groups: int) -> float:

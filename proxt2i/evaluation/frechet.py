@@ -11,6 +11,7 @@ import torch
 from scipy import stats
 from torch import Tensor
 
+from proxt2i.embedded.judge import distance_of_gaussians, symmetric_root
 from proxt2i.evaluation.statistics import LEVEL
 
 PARTS = 20  # of the prompts, at most: each is left out once
@@ -19,16 +20,14 @@ PARTS = 20  # of the prompts, at most: each is left out once
 def distances_without(features: Tensor, parts: Tensor, reference: Tensor) -> np.ndarray:
     """Fréchet distance to reference [K, D] of the pictures with features [N, D] that are not of part p: float64 [P].
 
-    parts: int64 [N], numbered 0 ... P - 1. Each part's sums are taken once and subtracted; by the cyclic property of eigenvalues
-    tr (AB)^½ is taken as the sum of the square roots of those of B^½ A B^½, so that one root serves all parts.
+    parts: int64 [N], numbered 0 ... P - 1. Each part's sums are taken once and subtracted, and the reference's root serves all parts.
     """
     features, reference = features.double(), reference.double()
     if len(features) - parts.bincount().max() < 2:
         raise ValueError("a Fréchet distance needs at least 2 pictures outside of each part")
     centre = reference.mean(0)
     covariance = torch.cov(reference.T)
-    values, vectors = torch.linalg.eigh(covariance)
-    root = vectors * values.clamp_min(0).sqrt() @ vectors.T
+    root = symmetric_root(covariance)
     shifted = features - centre  # sums are of small numbers
     members = [shifted[parts == p] for p in range(int(parts.max()) + 1)]
     total, squares = shifted.sum(0), shifted.T @ shifted
@@ -37,8 +36,7 @@ def distances_without(features: Tensor, parts: Tensor, reference: Tensor) -> np.
         count = len(shifted) - len(part)
         mean = (total - part.sum(0)) / count
         own = (squares - part.T @ part - count * mean[:, None] * mean) / (count - 1)
-        cross = torch.linalg.eigvalsh(root @ own @ root).clamp_min(0).sqrt().sum()
-        found.append((mean.square().sum() + own.trace() + covariance.trace() - 2 * cross).item())
+        found.append(distance_of_gaussians(mean, covariance, own, root))
     return np.array(found)
 
 

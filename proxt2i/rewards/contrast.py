@@ -24,7 +24,7 @@ from .clip import embed_images, embed_prompts
 from .pickscore import PickScore
 from .pickscore import load as load_pickscore
 from .portraits import read_caption
-from .preprocess import clip_pixels, float_clip_pixels
+from .preprocess import float_clip_pixels
 
 SHARED = "pickscore"  # the reward whose weights these are
 KEPT = 1_024  # prompts whose embeddings, and those of their negatives, are kept at most
@@ -35,34 +35,30 @@ class PickScoreContrast:
 
     def __init__(self, pickscore: PickScore):
         self.of = pickscore
-        self.embedded: dict[tuple[str, ...], Tensor] = {}  # (prompt, its negatives) -> [1 + negatives, projection]
+        self.embedded: dict[tuple[str, ...], Tensor] = {}  # (prompt, the negatives it came with) -> prompt and negatives [1 + n, projection]
 
     @torch.inference_mode()
     def __call__(self, images: Tensor, prompts: list[str], metadata: list[dict | None] | None = None) -> Tensor:
-        return self._score(clip_pixels(images, *self._pixels_as(), floor=True), prompts, metadata).cpu()
+        return self._score(self.of.pixels(images), prompts, metadata).cpu()
 
     def differentiable(self, images: Tensor, prompts: list[str], metadata: list[dict | None] | None = None) -> Tensor:
-        return self._score(float_clip_pixels(images, *self._pixels_as(), floor=True), prompts, metadata)
-
-    def _pixels_as(self) -> tuple:
-        return self.of.clip.config.vision_config.image_size, self.of.mean, self.of.std
+        return self._score(self.of.pixels(images, float_clip_pixels), prompts, metadata)
 
     def _score(self, pixels: Tensor, prompts: list[str], metadata: list[dict | None] | None) -> Tensor:
-        choices = [(prompt, *((about or {}).get("negatives") or changed_captions(prompt))) for prompt, about in zip(prompts, metadata or [None] * len(prompts), strict=True)]
+        asked = [(prompt, *((about or {}).get("negatives") or ())) for prompt, about in zip(prompts, metadata or [None] * len(prompts), strict=True)]
         scale = self.of.clip.logit_scale.float().exp()
-        return torch.stack([(scale * (texts @ picture)).log_softmax(0)[0] for texts, picture in zip(self._texts(choices), embed_images(self.of.clip, pixels))])
+        return torch.stack([(scale * (texts @ picture)).log_softmax(0)[0] for texts, picture in zip(self._texts(asked), embed_images(self.of.clip, pixels))])
 
     @torch.inference_mode(False)  # kept ones serve the gradient too
-    @torch.no_grad()
-    def _texts(self, choices: list[tuple[str, ...]]) -> list[Tensor]:
+    def _texts(self, asked: list[tuple[str, ...]]) -> list[Tensor]:
         """Embeddings of each prompt and its negatives. Kept for the batches to come: a prompt has many pictures, and an update asks again."""
         if len(self.embedded) > KEPT:
             self.embedded.clear()
-        new = [texts for texts in dict.fromkeys(choices) if texts not in self.embedded]
+        new = {one: one if len(one) > 1 else (*one, *changed_captions(*one)) for one in dict.fromkeys(asked) if one not in self.embedded}
         if new:
-            found = embed_prompts(self.of.clip, self.of.tokenizer, [text for texts in new for text in texts])
-            self.embedded |= zip(new, found.split([len(texts) for texts in new]))
-        return [self.embedded[texts] for texts in choices]
+            found = embed_prompts(self.of.clip, self.of.tokenizer, [text for texts in new.values() for text in texts])
+            self.embedded |= zip(new, found.split([len(texts) for texts in new.values()]))
+        return [self.embedded[one] for one in asked]
 
 
 def load(settings: RewardSettings, device: torch.device) -> PickScoreContrast:

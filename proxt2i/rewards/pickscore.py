@@ -28,11 +28,14 @@ class PickScore:
 
     @torch.inference_mode()
     def __call__(self, images: Tensor, prompts: list[str], metadata: list[dict | None] | None = None) -> Tensor:
-        pixels = clip_pixels(images, self.clip.config.vision_config.image_size, self.mean, self.std, floor=True)
-        return self._score(pixels, prompts).cpu()
+        return self._score(self.pixels(images), prompts).cpu()
 
     def differentiable(self, images: Tensor, prompts: list[str], metadata: list[dict | None] | None = None) -> Tensor:
-        return self._score(float_clip_pixels(images, self.clip.config.vision_config.image_size, self.mean, self.std, floor=True), prompts)
+        return self._score(self.pixels(images, float_clip_pixels), prompts)
+
+    def pixels(self, images: Tensor, preprocess=clip_pixels) -> Tensor:
+        """What the CLIP sees of images; preprocess: clip_pixels, or float_clip_pixels for gradients."""
+        return preprocess(images, self.clip.config.vision_config.image_size, self.mean, self.std, floor=True)
 
     def _score(self, pixels: Tensor, prompts: list[str]) -> Tensor:
         cosine = (embed_images(self.clip, pixels) * embed_prompts(self.clip, self.tokenizer, prompts)).sum(1)
