@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from .diffusion import VPSchedule, guidance_scales, guided, make_plan, prox_from_eps, trajectory
+from .diffusion import CudaGraphs, VPSchedule, guidance_scales, guided, make_plan, prox_from_eps, trajectory
 from .diffusion.plan import Plan
 from .images import to_uint8
 from .models.bundle import Bundle, Settings
@@ -79,7 +79,8 @@ def trajectories(
 ) -> Iterator[Iterator[tuple[int, Tensor, Tensor | None]]]:
     """Step by step: of every batch of up to `batch_size` pictures the iterator of `diffusion.trajectory`, to be walked without gradients.
 
-    device: of the state (default: the U-ViT's).  want_x: see `diffusion.trajectory`.  All else: see `generate`, whose errors it raises.
+    device: of the state (default: the U-ViT's).  want_x: see `diffusion.trajectory`; without it, a `CudaGraphs` as the bundle's network makes
+    all steps at once, and the iterator has the last one alone.  All else: see `generate`, whose errors it raises.
     """
     if len(prompts) != len(seeds):
         raise ValueError(f"{len(prompts)} prompts but {len(seeds)} seeds: give one seed per picture")
@@ -93,14 +94,19 @@ def trajectories(
         distinct = list(dict.fromkeys(captions))
         return bundle.text(distinct), torch.tensor([distinct.index(caption) for caption in captions], device=device)
 
+    def eps_fn(network, text, null_text):
+        asked = guided(network, text, null_text)
+        return prox_from_eps(asked, steps.schedule) if bundle.settings.objective == "score" else asked
+
     text, row = encoded(prompts)
     null_text, null_row = encoded(negative_prompts) if negative_prompts is not None else (bundle.text([""]), None)
     for chosen in torch.arange(len(prompts), device=device).split(batch_size):
-        null = null_text if null_row is None else [e[null_row[chosen]] for e in null_text]
-        eps_fn = guided(bundle.network or bundle.uvit, [e[row[chosen]] for e in text], null)
-        if bundle.settings.objective == "score":
-            eps_fn = prox_from_eps(eps_fn, steps.schedule)
-        yield trajectory(eps_fn, steps, shape, seeds[chosen], guidance_scale=scales, want_x=want_x)
+        texts = [e[row[chosen]] for e in text], null_text if null_row is None else [e[null_row[chosen]] for e in null_text]
+        network = bundle.network or bundle.uvit
+        if isinstance(network, CudaGraphs) and network.works_on(device) and not want_x:
+            yield network.trajectory(eps_fn, bundle.settings.objective, *texts, steps, shape, seeds[chosen], scales)
+        else:
+            yield trajectory(eps_fn(network, *texts), steps, shape, seeds[chosen], guidance_scale=scales, want_x=want_x)
 
 
 @torch.no_grad()
@@ -110,17 +116,17 @@ def sample_latents(
     seeds: Sequence[int],
     *,
     callback: Callable[[int, Tensor, Tensor], bool | None] | None = None,
-    after_step: Callable[[], object] = lambda: None,
+    after_step: Callable[[int], object] = lambda i: None,
     **choices,
 ) -> Iterator[Tensor]:
     """The latents of one picture per (prompt, seed), batch after batch: float32 [up to batch_size, C, h, w].
 
     callback(i, y, x) after step i of a batch: see `diffusion.sample`; the batch ends with this x when it returns False.
-    after_step: called after every step.  choices: those of `trajectories`, whose errors it raises.
+    after_step(i): called after step i, or after the last one alone (see `trajectories`).  choices: those of `trajectories`, whose errors it raises.
     """
     for steps in trajectories(bundle, prompts, seeds, want_x=callback is not None, **choices):
         for i, y, x in steps:
-            after_step()
+            after_step(i)
             if callback is not None and callback(i, y, x) is False:
                 break
         yield x

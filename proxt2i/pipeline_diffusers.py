@@ -86,8 +86,8 @@ class ProxT2IPipeline(DiffusionPipeline):
         super().save_pretrained(str(save_directory), **kwargs)
 
     def enable_cuda_graphs(self) -> None:
-        """Replay the network instead of launching it kernel by kernel: faster for small batches on a GPU, the same elsewhere. For many calls
-        of the same sizes; see diffusion.CudaGraphs."""
+        """Replay all steps of the sampler at once (with a callback: the network of each) instead of launching them kernel by kernel: faster for
+        small batches on a GPU, the same elsewhere. For many calls of the same sizes; see diffusion.CudaGraphs."""
         self._network = CudaGraphs(self.uvit)
 
     def disable_cuda_graphs(self) -> None:
@@ -176,7 +176,7 @@ class ProxT2IPipeline(DiffusionPipeline):
         with self.progress_bar(total=steps.num_steps) as bar:
             latents, = sample_latents(
                 bundle, prompts, seeds, negative_prompts=negatives, num_steps=steps.num_steps, guidance_scale=guidance_scale,
-                guidance_below=guidance_below, size=size, batch_size=len(prompts), device=self._execution_device, after_step=bar.update,
+                guidance_below=guidance_below, size=size, batch_size=len(prompts), device=self._execution_device, after_step=lambda i: bar.update(i + 1 - bar.n),
                 callback=None if callback_on_step_end is None else self._callback(callback_on_step_end, steps.tau),
             )  # fmt: skip
         images = latents if output_type == "latent" else self._finish(bundle.codec.decode(latents), output_type)

@@ -13,8 +13,8 @@ from dataclasses import dataclass
 
 import torch
 
-from proxt2i import _C  # noqa: F401  (registers torch.ops.proxt2i.*)
-from proxt2i.diffusion import CudaGraphs
+from proxt2i import _C, diffusion  # noqa: F401  (_C registers torch.ops.proxt2i.*)
+from proxt2i.diffusion import CudaGraphs, make_plan, trajectory
 from proxt2i.ops import attention, guided_eps, noised_pair, prox_matching_loss, prox_step, step_row, transition_log_ratio
 from proxt2i.ops.attention import attention_ref
 
@@ -315,6 +315,22 @@ def check_network_graph(target):
             elif batch == 3 and round == 1:
                 network.of_y.weight.data = network.of_y.weight.data.clone()
             assert_same_bits([graphs(y, t, lam, [text])], [network(y, t, lam, [text]).cpu()], f"round {round}, batch {batch}")
+
+
+def check_sampler_graph(target):
+    """diffusion.CudaGraphs.trajectory: the bits of the sampler step by step, of other seeds, guidance, plans and texts, and of changed weights."""
+    target.needs_cuda("a graph")
+    torch.manual_seed(0)
+    network = _Network().to(target.device).requires_grad_(False)
+    graphs, null_text = CudaGraphs(network), [torch.zeros(1, 2, 6, device=target.device)]
+    for round, (plan, scales) in itertools.product(range(2), itertools.product((make_plan("relaxed", 4), make_plan("hybrid", 4)), ([1.0, 1.0, 2.0, 2.0], [3.0] * 4))):
+        text, seeds = [torch.randn(3, 2, 6).to(target.device)], torch.randint(2**62, (3,)).to(target.device)
+        with torch.no_grad():
+            network.of_y.weight.mul_(0.9)
+            (*_, (i, _, whole)) = graphs.trajectory(diffusion.guided, "prox", text, null_text, plan, (5, 8), seeds, scales)
+            *_, (_, _, steps) = trajectory(diffusion.guided(network, text, null_text), plan, (5, 8), seeds, guidance_scale=scales)
+        assert i == 3
+        assert_same_bits([whole], [steps.cpu()], f"round {round}, {plan.name}, {scales}")
 
 
 def check_streams(target):

@@ -4,6 +4,8 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -53,6 +55,41 @@ def test_cuda_graphs_can_be_asked_for_anywhere(shipped):
     assert torch.equal(shipped(PROMPT, seeds=5, num_inference_steps=4, output_type="pt").images, plain)
     shipped.disable_cuda_graphs()
     assert shipped.bundle.network is None
+
+
+class Recorded(CudaGraphs):
+    """Graphs for a machine without a GPU: the function that would have been captured, on the graph's own inputs and into its own output."""
+
+    captures = 0
+
+    @staticmethod
+    def works_on(device):
+        return not torch.is_grad_enabled()
+
+    def _capture(self, function, inputs):
+        self.captures += 1
+        own, output = [x.clone() for x in inputs], torch.empty(0)
+        return SimpleNamespace(replay=lambda: output.set_(function(*own))), own, output
+
+
+@pytest.mark.parametrize("objective", ["prox", "score"])
+def test_the_whole_sampler_as_one_graph(shipped, objective):
+    """What a graph would replay, on its own copies of seeds, coefficients and text, draws what the sampler draws step by step."""
+    bundle = shipped.bundle
+    settings = replace(bundle.settings, objective=objective)
+
+    def draw(network, **choices):
+        return generate(replace(bundle, settings=settings, network=network), [PROMPT, OTHER, OTHER], [5, 6, 7], num_steps=3, batch_size=2, **choices)
+
+    graphs = Recorded(bundle.uvit)
+    for choices in ({}, {"negative_prompts": [OTHER, PROMPT, ""]}, {"guidance_scale": 3.0}, {"plan": "hybrid"}):
+        assert torch.equal(draw(graphs, **choices), draw(None, **choices))
+    assert graphs.captures == 7  # two sizes of batch each; a negative prompt of one picture has the empty caption's shape
+    draw(graphs, guidance_scale=3.0)
+    assert graphs.captures == 7
+    seen = []
+    draw(graphs, callback=lambda i, y, x: seen.append(x))  # who looks gets every step, from graphs of the network
+    assert len(seen) == 6 and graphs.captures > 7
 
 
 LOAD = """

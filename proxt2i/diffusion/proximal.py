@@ -46,10 +46,11 @@ def sample(
 
 def trajectory(eps_fn: EpsFn, plan: Plan, shape: Sequence[int], seeds: Tensor | Sequence[int], *,
                guidance_scale: float | Sequence[float] = 1.0, impl: str | None = None, device=None,
-               want_x: bool = True) -> Iterator[tuple[int, Tensor, Tensor | None]]:
+               want_x: bool = True, rows: Tensor | None = None) -> Iterator[tuple[int, Tensor, Tensor | None]]:
     """`sample`, step by step and with gradients: yields (i, y_{N-i}, x_{N-i-1}) for i = 0, ..., N-1.
 
-    want_x False: the x but the last, which the next step does not need, are None.
+    want_x False: the x but the last, which the next step does not need, are None.  rows: `step_rows`, float64 [N, 8] on the device, for
+    who has them there already.
     """
     seeds = as_seeds(seeds, device)
     shape = tuple(shape)
@@ -57,7 +58,8 @@ def trajectory(eps_fn: EpsFn, plan: Plan, shape: Sequence[int], seeds: Tensor | 
     if plan.b[0] != 0:
         y = y + plan.b[0] * philox_normal(seeds, 1, shape, impl=impl)
     scales = per_step(guidance_scale, plan.num_steps)
-    rows = torch.tensor(step_rows(plan, scales), dtype=torch.float64, device=y.device)
+    if rows is None:
+        rows = torch.tensor(step_rows(plan, scales), dtype=torch.float64, device=y.device)
     memory = [*plan.m, 0.0, 0.0]  # of the next state, y_{N-i-1}, and of the one after it
     clean = None
     for i, (t, lam, scale) in enumerate(zip(plan.t, plan.lam, scales)):

@@ -140,6 +140,7 @@ class UViT2DModel(ModelMixin, ConfigMixin):
 
     _supports_gradient_checkpointing = True
     _no_split_modules = ["Block"]
+    _repeated_blocks = ["Block"]  # diffusers' compile_repeated_blocks
 
     @register_to_config
     def __init__(self, sample_size: int, in_channels: int = 16, patch_size: int = 2, embed_dim: int = 1152,
