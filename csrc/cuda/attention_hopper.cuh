@@ -1,0 +1,181 @@
+// Attention's forward for sm_90a: as attention_forward.cu, with the products of whole warp groups. A block takes 64 queries a warp group.
+// Tiles lie in shared memory as wgmma reads them without swizzling: units of 8 columns one after another, each with all rows of the tile,
+// 16 bytes a row. After each unit 16 bytes are left free, so that the units of a row lie in different banks. For q k^T the depth of 72 is
+// filled up to 80 with zeros; p v costs 72.
+#pragma once
+
+#include <cmath>
+
+#include "attention.cuh"
+#include "hopper.cuh"
+
+namespace proxt2i {
+
+template <int rows>
+constexpr int unit_size = 8 * rows + 8;  // elements
+template <int D>
+constexpr int depth_units = (D + 15) / 16 * 2;
+
+// Starts copying rows first ... first + rows - 1 of source (row pitch in elements) to a tile; rows from `limit` on become zeros.
+template <int D, int rows, int threads, typename T>
+__device__ __forceinline__ void load_units(T* tile, const T* source, int64_t pitch, int first, int limit) {
+  constexpr int units = D / 8;
+#pragma unroll
+  for (int i = static_cast<int>(threadIdx.x); i < rows * units; i += threads) {
+    const int row = i / units, unit = i % units;
+    const bool valid = first + row < limit;
+    cp_async_16(tile + unit * unit_size<rows> + 8 * row, valid ? source + (first + row) * pitch + 8 * unit : source, valid);
+  }
+}
+
+// Zeros in the unit that fills up the depth, if there is one.
+template <int D, int rows, int threads, typename T>
+__device__ __forceinline__ void clear_padding(T* tile) {
+  if constexpr (D % 16 != 0) {
+    for (int row = static_cast<int>(threadIdx.x); row < rows; row += threads) {
+      *reinterpret_cast<uint4*>(tile + D / 8 * unit_size<rows> + 8 * row) = {0, 0, 0, 0};
+    }
+  }
+}
+
+template <int D, int groups, int keys>
+struct HopperTiles {
+  static constexpr int rows = 64 * groups, threads = 128 * groups;
+  static constexpr int q = depth_units<D> * unit_size<rows>, k = depth_units<D> * unit_size<keys>, v = D / 8 * unit_size<keys>;
+  static constexpr int bytes = 2 * (q + 2 * k + 2 * v);
+};
+
+// A row's maximum follows its scores only where it has grown by more than this, in powers of two: until then the weights are at most
+// 256, and out and sum need no new factor.
+constexpr float stale_maximum = 8;
+
+template <typename T, int D, int groups, int tile_keys, int blocks>
+__global__ void __launch_bounds__(128 * groups, blocks) attention_hopper_kernel(const AttentionArgs<T> args) {
+#if defined(__CUDA_ARCH_FEAT_SM90_ALL) || defined(PROXT2I_EMULATE)
+  using Tiles = HopperTiles<D, groups, tile_keys>;
+  const AttentionHead<T, D> head(args);
+  T* const q_tile = reinterpret_cast<T*>(dynamic_shared());
+  T* const k_tiles = q_tile + Tiles::q;
+  T* const v_tiles = k_tiles + 2 * Tiles::k;
+  const int lane = lane_id(), warp = static_cast<int>(threadIdx.x / 32), first_query = static_cast<int>(blockIdx.x) * Tiles::rows;
+
+  const auto load_keys = [&](int tile) {
+    const int at = tile % 2;
+    load_units<D, tile_keys, Tiles::threads>(k_tiles + at * Tiles::k, head.k, head.pitch, tile * tile_keys, head.keys);
+    load_units<D, tile_keys, Tiles::threads>(v_tiles + at * Tiles::v, head.v, head.pitch, tile * tile_keys, head.keys);
+    cp_async_commit();
+  };
+  const int num_tiles = (head.keys + tile_keys - 1) / tile_keys;
+  load_units<D, Tiles::rows, Tiles::threads>(q_tile, head.q, head.pitch, first_query, args.queries);
+  load_keys(0);
+  clear_padding<D, Tiles::rows, Tiles::threads>(q_tile);
+  clear_padding<D, tile_keys, Tiles::threads>(k_tiles);
+  clear_padding<D, tile_keys, Tiles::threads>(k_tiles + Tiles::k);
+
+  float out[D / 8][4] = {};
+  float maximum[2] = {-INFINITY, -INFINITY}, sum[2] = {};  // of rows lane / 4 and lane / 4 + 8; the sum of this lane's columns alone
+  const float scale = args.scale * log2_e;
+  const T* const q_rows = q_tile + (warp / 4) * 64 * 8;  // this warp group's
+  constexpr uint64_t q_strides = matrix_strides(2 * unit_size<Tiles::rows>, 128), k_strides = matrix_strides(2 * unit_size<tile_keys>, 128);
+  constexpr uint64_t v_strides = matrix_strides(128, 2 * unit_size<tile_keys>);
+  for (int tile = 0; tile < num_tiles; ++tile) {
+    cp_async_wait<0>();
+    fence_shared_for_products();
+    __syncthreads();  // this tile is there, and nobody works on the one before it any more
+    if (tile + 1 < num_tiles) load_keys(tile + 1);
+    const T* const k = k_tiles + (tile % 2) * Tiles::k;
+    const T* const v = v_tiles + (tile % 2) * Tiles::v;
+
+    float s[tile_keys / 8][4];
+#pragma unroll
+    for (int n = 0; n < tile_keys / 8; ++n) s[n][0] = s[n][1] = s[n][2] = s[n][3] = 0;
+    products_begin();
+#pragma unroll
+    for (int unit = 0; unit < depth_units<D>; unit += 2) {
+      wgmma_shared<T, tile_keys>(s, matrix_at(q_rows + unit * unit_size<Tiles::rows>, q_strides),
+                                 matrix_at(k + unit * unit_size<tile_keys>, k_strides), unit > 0);
+    }
+    products_wait(s);
+
+    const int left = head.keys - tile * tile_keys;
+    if (left < tile_keys) {
+#pragma unroll
+      for (int n = 0; n < tile_keys / 8; ++n) {
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+          if (8 * n + 2 * (lane % 4) + i % 2 >= left) s[n][i] = -INFINITY;
+        }
+      }
+    }
+    float next[2];
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      float top = s[0][2 * half];
+#pragma unroll
+      for (int n = 0; n < tile_keys / 8; ++n) top = fmaxf(top, fmaxf(s[n][2 * half], s[n][2 * half + 1]));
+      next[half] = row_max(top) * scale;  // finite: a tile has at least one key
+    }
+    if (__any_sync(0xFFFFFFFFu, next[0] > maximum[0] + stale_maximum || next[1] > maximum[1] + stale_maximum)) {
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        next[half] = fmaxf(maximum[half], next[half]);
+        const float shrink = exp2_fast(maximum[half] - next[half]);
+        maximum[half] = next[half];
+        sum[half] *= shrink;
+#pragma unroll
+        for (int d = 0; d < D / 8; ++d) out[d][2 * half] *= shrink, out[d][2 * half + 1] *= shrink;
+      }
+    }
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      float sums[2] = {};  // two, so that an addition need not wait for the one before it
+#pragma unroll
+      for (int n = 0; n < tile_keys / 8; ++n) {
+#pragma unroll
+        for (int i = 0; i < 2; ++i) {
+          s[n][2 * half + i] = exp2_fast(fma(s[n][2 * half + i], scale, -maximum[half]));
+          sums[i] += s[n][2 * half + i];
+        }
+      }
+      sum[half] += sums[0] + sums[1];
+    }
+    const auto weights = round_to<T, tile_keys>(s);
+    products_begin();
+#pragma unroll
+    for (int step = 0; step < tile_keys / 16; ++step) {
+      wgmma_registers<T, D>(out, weights.k16[step], matrix_at(v + step * 16 * 8, v_strides));
+    }
+    products_wait(out);
+  }
+  cp_async_wait<0>();  // with no keys at all, q is still on its way
+  __syncthreads();     // nobody reads q any more: out takes its place on the way to memory
+
+  T* const rows = q_tile + warp * 16 * 8;
+  const int first_row = first_query + warp * 16;
+#pragma unroll
+  for (int half = 0; half < 2; ++half) {
+    const float total = sum_over<4>(sum[half]);
+    const float factor = total > 0 ? 1 / total : 0.0f;
+    const int row = first_row + lane / 4 + 8 * half;
+    if (lane % 4 == 0 && row < args.queries) {
+      args.lse[head.lse_offset + row] = total > 0 ? maximum[half] / log2_e + logf(total) : -INFINITY;
+    }
+#pragma unroll
+    for (int d = 0; d < D / 8; ++d) {
+      const uint32_t pair = pack2<T>(out[d][2 * half] * factor, out[d][2 * half + 1] * factor);
+      *reinterpret_cast<uint32_t*>(rows + d * unit_size<Tiles::rows> + 8 * (lane / 4 + 8 * half) + 2 * (lane % 4)) = pair;
+    }
+  }
+  __syncwarp();
+  T* const target = args.out + head.out_offset + first_row * head.out_pitch;
+  for (int i = lane; i < 16 * (D / 8); i += 32) {
+    const int row = i / (D / 8), unit = i % (D / 8);
+    if (first_row + row < args.queries) {
+      *reinterpret_cast<uint4*>(target + row * head.out_pitch + 8 * unit) =
+          *reinterpret_cast<const uint4*>(rows + unit * unit_size<Tiles::rows> + 8 * row);
+    }
+  }
+#endif
+}
+
+}  // namespace proxt2i
