@@ -2,7 +2,7 @@
 // keys 64 at a time with a running maximum and sum. The next keys and values arrive while these are worked on.
 #include <cmath>
 
-#include "attention.cuh"
+#include "attention_hopper.cuh"
 
 namespace proxt2i {
 namespace {
@@ -107,6 +107,7 @@ std::tuple<Tensor, Tensor> attention_forward(const Tensor& qkv, const std::optio
     using T = decltype(type);
     constexpr int D = decltype(dim)::value;
     const auto args = attention_args<T>(qkv, key_lengths, q_weight, k_weight, out, lse, scale, norm_eps);
+    if (args.q_weight == nullptr && device.is_hopper()) return launch_hopper<T, D>(args, device.stream);
     const dim3 grid((args.queries + block_rows - 1) / block_rows, args.heads, args.batch);
     launch(attention_forward_kernel<T, D>, grid, attention_threads, shared_bytes<D>, device.stream, args);
   });

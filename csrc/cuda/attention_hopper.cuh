@@ -178,4 +178,12 @@ __global__ void __launch_bounds__(128 * groups, blocks) attention_hopper_kernel(
 #endif
 }
 
+template <typename T, int D>
+void launch_hopper(const AttentionArgs<T>& args, cudaStream_t stream) {
+  constexpr int groups = 2, keys = D > 96 ? 64 : 96, blocks = D > 96 ? 1 : 2;
+  using Tiles = HopperTiles<D, groups, keys>;
+  const dim3 grid((args.queries + Tiles::rows - 1) / Tiles::rows, args.heads, args.batch);
+  launch(attention_hopper_kernel<T, D, groups, keys, blocks>, grid, Tiles::threads, Tiles::bytes, stream, args);
+}
+
 }  // namespace proxt2i

@@ -20,6 +20,7 @@ namespace proxt2i {
 // The tensors of the emulated operators lie on the CPU; one stream, no other device.
 struct OnDeviceOf {
   explicit OnDeviceOf(const torch::stable::Tensor&) {}
+  bool is_hopper() const { return emulator::hopper; }
   cudaStream_t stream = nullptr;
 };
 
@@ -41,6 +42,14 @@ struct OnDeviceOf {
     void* current = nullptr;
     STD_TORCH_CHECK(aoti_torch_get_current_cuda_stream(t.get_device_index(), &current) == AOTI_TORCH_SUCCESS, "no current CUDA stream");
     stream = static_cast<cudaStream_t>(current);
+  }
+  // Compute capability 9.0, for which kernels are compiled that use instructions of sm_90a.
+  bool is_hopper() const {
+    int device = 0, major = 0, minor = 0;
+    STD_CUDA_CHECK(cudaGetDevice(&device));
+    STD_CUDA_CHECK(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device));
+    STD_CUDA_CHECK(cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device));
+    return major == 9 && minor == 0;
   }
   torch::stable::accelerator::DeviceGuard guard;
   cudaStream_t stream;

@@ -44,6 +44,7 @@ inline char* shared;  // the block's dynamic shared memory
 void run_grid(dim3 grid, dim3 block, size_t shared_bytes, const std::function<void()>& thread);
 // The order in which warps, and the lanes of a warp, take turns. A result that depends on it lacks a barrier.
 void set_reverse_order(bool reverse);
+inline bool hopper = false;  // whether the device has wgmma
 
 void wait_block(const char* op, const Where& where);
 // The lanes of `mask` meet here, each with an operand; the last to come calls combine on all (null outside the mask).

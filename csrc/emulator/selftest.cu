@@ -2,11 +2,12 @@
 // emulated module; nvcc compiles them too, so that the emulator and CUDA agree on the language.
 #include <cstdint>
 #include <initializer_list>
+#include <optional>
 #include <vector>
 
 #include "../common/math.h"
 #include "../cuda/device.cuh"
-#include "../cuda/ptx.cuh"
+#include "../cuda/hopper.cuh"
 
 namespace proxt2i {
 namespace {
@@ -110,6 +111,41 @@ Tensor cp_async(const Tensor& words, int64_t valid, int64_t pending, int64_t shi
   launch(cp_async_kernel, 1, 32, 1024, device.stream, data<uint32_t>(words), static_cast<int>(valid), static_cast<int>(pending),
          data<uint32_t>(out), static_cast<int>(shift));
   return out;
+}
+
+// One warp group, N = 72. b, and a unless a_registers [128][4] are given, lie in shared memory, filled with `words`, at the byte offsets;
+// leading, stride: the two distances between cores, of a and of b. c [128][36].
+template <typename T>
+__global__ void wgmma_kernel(const uint32_t* words, int count, const uint32_t* a_registers, int a_at, int a_leading, int a_stride, int b_at,
+                             int b_leading, int b_stride, bool add, float* c) {
+#if defined(__CUDA_ARCH_FEAT_SM90_ALL) || defined(PROXT2I_EMULATE)
+  auto* shared = reinterpret_cast<uint32_t*>(dynamic_shared());
+  const int thread = threadIdx.x;
+  for (int i = thread; i < count; i += 128) shared[i] = words[i];
+  float own[9][4];
+  for (int i = 0; i < 36; ++i) own[i / 4][i % 4] = c[36 * thread + i];
+  fence_shared_for_products();
+  __syncthreads();
+  const uint64_t b = matrix_at(dynamic_shared() + b_at, matrix_strides(b_leading, b_stride));
+  products_begin();
+  if (a_registers == nullptr) {
+    wgmma_shared<T, 72>(own, matrix_at(dynamic_shared() + a_at, matrix_strides(a_leading, a_stride)), b, add);
+  } else {
+    uint32_t a[4];
+    for (int i = 0; i < 4; ++i) a[i] = a_registers[4 * thread + i];
+    wgmma_registers<T, 72>(own, a, b);
+  }
+  products_wait(own);
+  for (int i = 0; i < 36; ++i) c[36 * thread + i] = own[i / 4][i % 4];
+#endif
+}
+
+void wgmma(const Tensor& words, const std::optional<Tensor>& a, std::vector<int64_t> places, bool add, bool bf16, const Tensor& c) {
+  const OnDeviceOf device(words);
+  const auto at = [&](size_t i) { return static_cast<int>(places[i]); };
+  launch(bf16 ? wgmma_kernel<bfloat16> : wgmma_kernel<float16>, 1, 128, 4 * words.numel(), device.stream, data<uint32_t>(words),
+         static_cast<int>(words.numel()), a.has_value() ? data<uint32_t>(*a) : nullptr, at(0), at(1), at(2), at(3), at(4), at(5), add,
+         data<float>(c));
 }
 
 // ---- warps and blocks ------------------------------------------------------------------------------------------------------
@@ -320,6 +356,7 @@ STABLE_TORCH_LIBRARY(proxt2i_selftest, m) {
   m.def("ldmatrix(Tensor words, Tensor offsets, int kind) -> Tensor");
   m.def("pack2(Tensor low, Tensor high, bool bf16) -> Tensor");
   m.def("cp_async(Tensor words, int valid, int pending, int shift) -> Tensor");
+  m.def("wgmma(Tensor words, Tensor? a, int[] places, bool add, bool bf16, Tensor(a!) c) -> ()");
   m.def("shuffle(Tensor values, int kind, int argument, int width) -> Tensor");
   m.def("sums(Tensor x, int threads_y, bool barrier) -> Tensor");
   m.def("mistake(Tensor(a!) x, int what, int[] grid, int[] block, int shared_bytes) -> ()");
@@ -330,6 +367,7 @@ STABLE_TORCH_LIBRARY_IMPL(proxt2i_selftest, CompositeExplicitAutograd, m) {
   m.impl("ldmatrix", TORCH_BOX(&proxt2i::ldmatrix));
   m.impl("pack2", TORCH_BOX(&proxt2i::pack2_floats));
   m.impl("cp_async", TORCH_BOX(&proxt2i::cp_async));
+  m.impl("wgmma", TORCH_BOX(&proxt2i::wgmma));
   m.impl("shuffle", TORCH_BOX(&proxt2i::shuffle));
   m.impl("sums", TORCH_BOX(&proxt2i::sums));
   m.impl("mistake", TORCH_BOX(&proxt2i::mistake));

@@ -19,5 +19,12 @@ if "PROXT2I_EMULATED" in os.environ:  # the folder of the built module
     def order(request):
         _emulated.set_reverse_order(request.param == "reverse")
         return request.param
+
+    @pytest.fixture
+    def hopper():
+        """The device has compute capability 9.0."""
+        _emulated.set_hopper(True)
+        yield
+        _emulated.set_hopper(False)
 else:
     collect_ignore_glob = ["*"]

@@ -62,6 +62,20 @@ def test_error_at_most_twice_that_of_plain_torch(case, dtype, normalised, order)
         assert error.max() <= max(2 * allowed.max(), floor) and error.mean() <= max(2 * allowed.mean(), floor / 10)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("case", [*CASES, (200, 1, 72, 200, [200, 97])], ids=str)
+def test_forward_of_devices_with_wgmma(case, dtype, hopper):
+    qkv, grad, lengths = make(*case, dtype, spread=2.0)
+    out, lse = CUDA.attention_forward(qkv, lengths, None, None, grad.shape[1], qkv.shape[-1] ** -0.5, 1e-6)
+    truth = exact(qkv, grad, lengths, torch.float64)[0]
+    error, plain = (out - truth).abs(), (exact(qkv, grad, lengths, dtype)[0] - truth).abs()
+    floor = torch.finfo(dtype).eps * max(float(truth.abs().max()), 1e-2)
+    assert error.max() <= max(2 * plain.max(), floor) and error.mean() <= max(2 * plain.mean(), floor / 10)
+    scores = torch.einsum("bqhd,bkhd->bhqk", qkv.double()[:, -grad.shape[1] :, 0], qkv.double()[:, :, 1]) / math.sqrt(qkv.shape[-1])
+    for image, length in enumerate(lengths if lengths is not None else [qkv.shape[1]] * len(qkv)):
+        torch.testing.assert_close(lse[image].double(), scores[image, :, :, :length].logsumexp(-1), rtol=1e-5, atol=1e-5)
+
+
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_lse_and_tokens_that_do_not_take_part(case):
     qkv, grad, lengths = make(*case, torch.bfloat16)

@@ -110,6 +110,38 @@ def test_cp_async_fills_with_zeros_and_does_not_touch_what_is_invalid():
     assert torch.equal(got[:100], source) and (got[100:] == 0).all()
 
 
+# PTX ISA, "Asynchronous Warpgroup Level Matrix": without swizzling a core is 8 x 16 bytes, one after another, K-major a row (of a; a
+# column of b) of 8 elements along the depth, MN-major 8 columns at one depth; warp w has rows 16 w ... 16 w + 15.
+
+def put(memory, at, leading, stride, matrix, mn_major):
+    """matrix [rows, 16] into memory, 16-bit elements, at byte offsets."""
+    for row in range(len(matrix)):
+        for depth in range(16):
+            inside = 8 * (depth % 8) + row % 8 if mn_major else 8 * (row % 8) + depth % 8
+            memory[(at + depth // 8 * leading + row // 8 * stride) // 2 + inside] = matrix[row, depth]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("add", [True, False])
+@pytest.mark.parametrize("registers", [True, False])
+def test_wgmma(dtype, add, registers):
+    generator = torch.Generator().manual_seed(7)
+    a, b, c = ((8 * torch.randn(shape, generator=generator)).round() for shape in ((64, 16), (72, 16), (64, 72)))
+    memory = torch.full((8192,), math.nan).to(dtype)
+    places = [0, 1040, 128, 2304, 1168 if not registers else 128, 128 if not registers else 272]
+    put(memory, *places[3:], b.to(dtype), mn_major=registers)
+    rows = [a[16 * warp:16 * warp + 16].to(dtype) for warp in range(4)]
+    if registers:
+        lanes = torch.cat([words(to_lanes(part, a_place, 8).view(32, -1, 2)) for part in rows])
+    else:
+        put(memory, *places[:3], a.to(dtype), mn_major=False)
+    got = torch.cat([torch.cat([to_lanes(c[16 * w:16 * w + 16, 8 * n:8 * n + 8], c_place, 4) for n in range(9)], 1) for w in range(4)])
+    OPS.wgmma(memory.view(torch.int32), lanes if registers else None, places, add, dtype == torch.bfloat16, got)
+    true = a @ b.T + (c if add or registers else 0)
+    true = [torch.cat([to_lanes(true[16 * w:16 * w + 16, 8 * n:8 * n + 8], c_place, 4) for n in range(9)], 1) for w in range(4)]
+    assert torch.equal(got, torch.cat(true))
+
+
 # ---- warps and blocks ------------------------------------------------------------------------------------------------------
 
 def shuffled(source):
