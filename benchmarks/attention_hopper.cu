@@ -107,11 +107,11 @@ struct Problem {
   }
 };
 
-template <typename T, int D, int groups, int keys, int blocks>
+template <typename T, int D, int groups, int keys, int blocks, bool overlapped>
 struct Variant {
   static void launch(const AttentionArgs<T>& args) {
     using Tiles = HopperTiles<D, groups, keys>;
-    const auto kernel = attention_hopper_kernel<T, D, groups, keys, blocks>;
+    const auto kernel = attention_hopper_kernel<T, D, groups, keys, blocks, overlapped>;
     CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, Tiles::bytes));
     kernel<<<dim3((args.queries + Tiles::rows - 1) / Tiles::rows, args.heads, args.batch), Tiles::threads, Tiles::bytes>>>(args);
     CHECK(cudaGetLastError());
@@ -154,11 +154,12 @@ struct Variant {
     printf("  time B %d N %d D %d: mean %.4f ms (best %.4f), %.0f TFLOP/s\n", shape.batch, shape.tokens, D, all, best, flop / all * 1e-9);
   }
   static void run(const char* name) {
-    const auto kernel = attention_hopper_kernel<T, D, groups, keys, blocks>;
+    const auto kernel = attention_hopper_kernel<T, D, groups, keys, blocks, overlapped>;
     CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, HopperTiles<D, groups, keys>::bytes));
     int resident = 0;
     CHECK(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&resident, kernel, 128 * groups, HopperTiles<D, groups, keys>::bytes));
-    printf("%s: D %d, %d warp groups, %d keys, %d blocks on a multiprocessor\n", name, D, groups, keys, resident);
+    printf("%s: D %d, %d warp groups, %d keys, %s, %d blocks on a multiprocessor\n", name, D, groups, keys,
+           overlapped ? "overlapped" : "in turn", resident);
     bool good = true;
     for (const Shape s : {Shape{2, 1, 2, 1, false}, Shape{2, 17, 2, 17, false}, Shape{4, 463, 2, 463, true}, Shape{4, 300, 3, 130, true},
                           Shape{2, 1231, 2, 1231, false}}) {
@@ -174,17 +175,26 @@ int main(int argc, char** argv) {
   const int variant = argc > 1 ? atoi(argv[1]) : 0;
   setvbuf(stdout, nullptr, _IOLBF, 0);
   switch (variant) {
-    case 0: Variant<bfloat16, 72, 2, 96, 2>::run("bf16"); break;
-    case 1: Variant<bfloat16, 72, 2, 80, 2>::run("bf16"); break;
-    case 2: Variant<bfloat16, 72, 2, 64, 2>::run("bf16"); break;
-    case 3: Variant<bfloat16, 72, 3, 96, 1>::run("bf16"); break;
-    case 4: Variant<bfloat16, 72, 1, 96, 4>::run("bf16"); break;
-    case 5: Variant<bfloat16, 72, 1, 128, 3>::run("bf16"); break;
-    case 6: Variant<bfloat16, 72, 4, 96, 1>::run("bf16"); break;
-    case 7: Variant<bfloat16, 64, 2, 96, 2>::run("bf16"); break;
-    case 8: Variant<bfloat16, 128, 2, 64, 1>::run("bf16"); break;
-    case 9: Variant<bfloat16, 128, 3, 80, 1>::run("bf16"); break;
-    case 10: Variant<float16, 72, 2, 96, 2>::run("fp16"); break;
+    case 0: Variant<bfloat16, 72, 2, 96, 2, false>::run("bfloat16"); break;
+    case 1: Variant<bfloat16, 72, 2, 128, 1, true>::run("bfloat16"); break;
+    case 2: Variant<bfloat16, 72, 2, 80, 2, false>::run("bfloat16"); break;
+    case 3: Variant<bfloat16, 72, 2, 80, 2, true>::run("bfloat16"); break;
+    case 4: Variant<bfloat16, 72, 2, 64, 2, false>::run("bfloat16"); break;
+    case 5: Variant<bfloat16, 72, 2, 64, 2, true>::run("bfloat16"); break;
+    case 6: Variant<bfloat16, 72, 3, 96, 1, false>::run("bfloat16"); break;
+    case 7: Variant<bfloat16, 72, 3, 96, 1, true>::run("bfloat16"); break;
+    case 8: Variant<bfloat16, 72, 3, 128, 1, true>::run("bfloat16"); break;
+    case 9: Variant<bfloat16, 72, 1, 96, 4, false>::run("bfloat16"); break;
+    case 10: Variant<bfloat16, 72, 1, 96, 3, true>::run("bfloat16"); break;
+    case 11: Variant<bfloat16, 72, 4, 96, 1, false>::run("bfloat16"); break;
+    case 12: Variant<bfloat16, 72, 4, 80, 1, true>::run("bfloat16"); break;
+    case 13: Variant<bfloat16, 64, 2, 96, 2, false>::run("bfloat16"); break;
+    case 14: Variant<bfloat16, 64, 2, 80, 2, true>::run("bfloat16"); break;
+    case 15: Variant<bfloat16, 128, 2, 64, 1, false>::run("bfloat16"); break;
+    case 16: Variant<bfloat16, 128, 2, 96, 1, true>::run("bfloat16"); break;
+    case 17: Variant<bfloat16, 128, 3, 80, 1, false>::run("bfloat16"); break;
+    case 18: Variant<float16, 72, 2, 96, 2, false>::run("float16"); break;
+    case 19: Variant<float16, 72, 2, 80, 2, true>::run("float16"); break;
     default: printf("no such variant\n"); return 1;
   }
 }

@@ -31,11 +31,13 @@ __device__ __forceinline__ void fence_shared_for_products() { asm volatile("fenc
 // Before the first product, and after registers of one were changed.
 __device__ __forceinline__ void products_begin() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
 
-// Waits for all products that the warp group has begun; c is theirs.
-template <int N>
+// The products begun since the last commit become a group.
+__device__ __forceinline__ void products_commit() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
+
+// Waits until at most `pending` groups are still under way; c belongs to one that then is not.
+template <int pending, int N>
 __device__ __forceinline__ void products_wait(float (&c)[N][4]) {
-  asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
-  asm volatile("wgmma.wait_group.sync.aligned 0;" ::: "memory");
+  asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(pending) : "memory");
 #pragma unroll
   for (int n = 0; n < N; ++n) {  // nothing that reads c may be moved before the wait
 #pragma unroll

@@ -70,7 +70,8 @@ inline uint64_t matrix_at(const void* start, uint64_t strides, const emulator::W
 
 inline void fence_shared_for_products() {}
 inline void products_begin() {}
-template <int N>
+inline void products_commit() {}
+template <int pending, int N>
 void products_wait(float (&)[N][4]) {}
 inline float exp2_fast(float x) { return std::exp2(x); }
 

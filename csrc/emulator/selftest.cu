@@ -135,7 +135,8 @@ __global__ void wgmma_kernel(const uint32_t* words, int count, const uint32_t* a
     for (int i = 0; i < 4; ++i) a[i] = a_registers[4 * thread + i];
     wgmma_registers<T, 72>(own, a, b);
   }
-  products_wait(own);
+  products_commit();
+  products_wait<0>(own);
   for (int i = 0; i < 36; ++i) c[36 * thread + i] = own[i / 4][i % 4];
 #endif
 }
