@@ -16,15 +16,18 @@ constexpr int unit_size = 8 * rows + 8;  // elements
 template <int D>
 constexpr int depth_units = (D + 15) / 16 * 2;
 
-// Starts copying rows first ... first + rows - 1 of source (row pitch in elements) to a tile; rows from `limit` on become zeros.
+// Starts copying rows first ... first + rows - 1 of source (row pitch in elements) to a tile; rows from `limit` on become zeros. A thread
+// keeps to one unit and takes every step-th row of it.
 template <int D, int rows, int threads, typename T>
 __device__ __forceinline__ void load_units(T* tile, const T* source, int64_t pitch, int first, int limit) {
-  constexpr int units = D / 8;
+  constexpr int units = D / 8, step = threads / units;
+  const int thread = static_cast<int>(threadIdx.x), begin = thread / units, unit = thread % units;
+  T* const to = tile + unit * unit_size<rows> + 8 * begin;
+  const T* const from = source + (first + begin) * pitch + 8 * unit;
 #pragma unroll
-  for (int i = static_cast<int>(threadIdx.x); i < rows * units; i += threads) {
-    const int row = i / units, unit = i % units;
-    const bool valid = first + row < limit;
-    cp_async_16(tile + unit * unit_size<rows> + 8 * row, valid ? source + (first + row) * pitch + 8 * unit : source, valid);
+  for (int row = 0; row < rows; row += step) {
+    const bool mine = (threads % units == 0 || begin < step) && (row + step <= rows || row + begin < rows);
+    if (mine) cp_async_16(to + 8 * row, from + row * pitch, first + begin + row < limit);
   }
 }
 
@@ -138,28 +141,30 @@ __global__ void __launch_bounds__(128 * groups, blocks) attention_hopper_kernel(
   clear_padding<D, tile_keys, Tiles::threads>(k_tiles);
   clear_padding<D, tile_keys, Tiles::threads>(k_tiles + Tiles::k);
 
-  const T* const q_rows = q_tile + (warp / 4) * 64 * 8;  // this warp group's
+  const int group = __shfl_sync(0xFFFFFFFFu, warp / 4, 0);  // the same in all lanes, as the compiler then knows
   constexpr uint64_t q_strides = matrix_strides(2 * unit_size<Tiles::rows>, 128), k_strides = matrix_strides(2 * unit_size<tile_keys>, 128);
   constexpr uint64_t v_strides = matrix_strides(128, 2 * unit_size<tile_keys>);
+  const uint64_t q_matrix = matrix_at(q_tile + group * 64 * 8, q_strides), k_matrix = matrix_at(k_tiles, k_strides);
+  const uint64_t v_matrix = matrix_at(v_tiles, v_strides);
   float s[tile_keys / 8][4], out[D / 8][4] = {}, factor[2];
 #pragma unroll
   for (int n = 0; n < tile_keys / 8; ++n) s[n][0] = s[n][1] = s[n][2] = s[n][3] = 0;
   HopperRows state;
   const float scale = args.scale * log2_e;
   const auto begin_scores = [&](int tile) {
-    const T* const k = k_tiles + tile % 2 * Tiles::k;
+    const uint64_t k = matrix_after(k_matrix, tile % 2 * 2 * Tiles::k);
 #pragma unroll
     for (int unit = 0; unit < depth_units<D>; unit += 2) {
-      wgmma_shared<T, tile_keys>(s, matrix_at(q_rows + unit * unit_size<Tiles::rows>, q_strides),
-                                 matrix_at(k + unit * unit_size<tile_keys>, k_strides), unit > 0);
+      wgmma_shared<T, tile_keys>(s, matrix_after(q_matrix, unit * 2 * unit_size<Tiles::rows>),
+                                 matrix_after(k, unit * 2 * unit_size<tile_keys>), unit > 0);
     }
     products_commit();
   };
   const auto begin_sums = [&](const Weights16<tile_keys>& weights, int tile) {
-    const T* const v = v_tiles + tile % 2 * Tiles::v;
+    const uint64_t v = matrix_after(v_matrix, tile % 2 * 2 * Tiles::v);
 #pragma unroll
     for (int step = 0; step < tile_keys / 16; ++step) {
-      wgmma_registers<T, D>(out, weights.k16[step], matrix_at(v + step * 16 * 8, v_strides));
+      wgmma_registers<T, D>(out, weights.k16[step], matrix_after(v, step * 256));
     }
     products_commit();
   };
@@ -185,12 +190,12 @@ __global__ void __launch_bounds__(128 * groups, blocks) attention_hopper_kernel(
       auto weights = round_to<T, tile_keys>(s);
       for (int tile = 0; tile + 1 < num_tiles; ++tile) {
         arrived();
-        load_k(tile + 2);
-        load_v(tile + 1);
-        cp_async_commit();
         products_begin();
         begin_scores(tile + 1);
         begin_sums(weights, tile);
+        load_k(tile + 2);
+        load_v(tile + 1);
+        cp_async_commit();
         products_wait<1>(s);
         const bool grown = soften(tile + 1);
         products_wait<0>(out);
@@ -205,11 +210,11 @@ __global__ void __launch_bounds__(128 * groups, blocks) attention_hopper_kernel(
   } else {
     for (int tile = 0; tile < num_tiles; ++tile) {
       arrived();
+      products_begin();
+      begin_scores(tile);
       load_k(tile + 1);
       load_v(tile + 1);
       cp_async_commit();
-      products_begin();
-      begin_scores(tile);
       products_wait<0>(s);
       if (soften(tile)) shrink();
       const auto weights = round_to<T, tile_keys>(s);

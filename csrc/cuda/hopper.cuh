@@ -13,6 +13,11 @@ __host__ __device__ constexpr uint64_t matrix_strides(int leading, int stride) {
   return static_cast<uint64_t>(leading / 16) << 16 | static_cast<uint64_t>(stride / 16) << 32;
 }
 
+// The matrix that lies `bytes`, a multiple of 16, after this one.
+__host__ __device__ constexpr uint64_t matrix_after(uint64_t matrix, int bytes) {
+  return (matrix & 0xFFFFFFFF00000000) | (static_cast<uint32_t>(matrix) + static_cast<uint32_t>(bytes / 16));
+}
+
 }  // namespace proxt2i
 
 #if defined(PROXT2I_EMULATE)
