@@ -1,5 +1,7 @@
 // The variants of attention's forward for sm_90a against plain fp32 attention, and their times at U-ViT-H's shapes, without torch:
-//     nvcc ... -o attention_hopper; attention_hopper VARIANT (0 ...)        each in a process of its own, as one may hang
+//     nvcc -std=c++20 -O3 -fmad=false --expt-relaxed-constexpr -gencode arch=compute_90a,code=sm_90a -cudart static -DUSE_CUDA
+//          -DTORCH_TARGET_VERSION=0x020b000000000000 -isystem TORCH/include benchmarks/attention_hopper.cu -o attention_hopper
+//     for v in $(seq 0 19); do timeout 10 ./attention_hopper $v; done        each in a process of its own, as one may hang
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 

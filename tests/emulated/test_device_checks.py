@@ -18,3 +18,7 @@ def test_check(name, order):
         CHECKS[name](Target(torch.ops.proxt2i_emulated, "cpu", small=True))
     except NotHere as reason:
         pytest.fail(f"not run: {reason}")
+
+
+def test_attention_of_devices_with_wgmma(hopper):
+    CHECKS["attention"](Target(torch.ops.proxt2i_emulated, "cpu", small=True))
