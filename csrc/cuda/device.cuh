@@ -43,13 +43,17 @@ struct OnDeviceOf {
     STD_TORCH_CHECK(aoti_torch_get_current_cuda_stream(t.get_device_index(), &current) == AOTI_TORCH_SUCCESS, "no current CUDA stream");
     stream = static_cast<cudaStream_t>(current);
   }
-  // Compute capability 9.0, for which kernels are compiled that use instructions of sm_90a.
+  // Compute capability 9.0, in a build for sm_90a: kernels may use instructions that nothing else has.
   bool is_hopper() const {
+#if !defined(PROXT2I_SM90A)
+    return false;
+#else
     int device = 0, major = 0, minor = 0;
     STD_CUDA_CHECK(cudaGetDevice(&device));
     STD_CUDA_CHECK(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device));
     STD_CUDA_CHECK(cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device));
     return major == 9 && minor == 0;
+#endif
   }
   torch::stable::accelerator::DeviceGuard guard;
   cudaStream_t stream;
