@@ -1,4 +1,4 @@
-"""Trainers measured against each other: each a process of its own, bound to a core, asked in turn for a second or two, in a new order every round."""
+"""Trainers measured against each other: each a process of its own, bound to a core (on a GPU to none), asked in turn for a second or two, in a new order every round."""
 
 import multiprocessing
 import os
@@ -13,9 +13,10 @@ import torch
 from proxt2i.training import distributed
 
 
-def serve(pipe, core: int, environment: dict, log: Path, make, arguments, warmup: int) -> None:
+def serve(pipe, core: int | None, environment: dict, log: Path, make, arguments, warmup: int) -> None:
     """A contestant: answers a number of steps by its (seconds, processor seconds), None by its end."""
-    os.sched_setaffinity(0, {core})
+    if core is not None:
+        os.sched_setaffinity(0, {core})
     os.environ.update(environment)
     descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(descriptor, 1)
@@ -37,7 +38,7 @@ def serve(pipe, core: int, environment: dict, log: Path, make, arguments, warmup
 class Contestant:
     """Processes that are asked together: ranks of one job, or jobs that run at the same time. `arguments`: of each. warmup: steps before the first turn."""
 
-    def __init__(self, folder: Path, name: str, make, arguments: list[tuple], cores: list[int], one_job: bool = False, warmup: int = 5):
+    def __init__(self, folder: Path, name: str, make, arguments: list[tuple], cores: list[int | None], one_job: bool = False, warmup: int = 5):
         context, port = multiprocessing.get_context("spawn"), distributed._free_port()
         self.name, self.log, self.pipes, self.processes = name, folder / f"{name}.log", [], []
         for rank, (core, its) in enumerate(zip(cores, arguments)):

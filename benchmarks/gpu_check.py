@@ -26,7 +26,7 @@ ROOT = Path(__file__).resolve().parents[1]
 RESULTS, WORK = ROOT / "benchmarks" / "results", ROOT / "build" / "gpu-check"
 STAGES = {  # name: (seconds for the stage, seconds for one check of it); what matters most comes first
     "build": (600, 600), "checks": (240, 60), "prox_step": (60, 30), "attention": (180, 60), "ops": (180, 90),
-    "large_sample": (150, 120), "large_model": (260, 250), "pytest": (300, 300), "sanitizer": (320, 160), "trainer": (480, 420),
+    "large_sample": (150, 120), "large_model": (260, 250), "grpo": (110, 105), "pytest": (90, 90), "sanitizer": (240, 80), "trainer": (480, 420),
 }
 
 

@@ -26,31 +26,35 @@ class PlainGrpo:
 
     batch: images of a rollout's batch and of a micro-batch.  updates: optimiser steps of a rollout, on `per_update` images each.
     apart: the two branches of guidance one after the other, and rewards read PNGs; else they are batched, and rewards read tensors.
+    bf16: the network runs in autocast. Everything is on the U-ViT's device.
     """
 
-    def __init__(self, uvit, text_encoder, codec, reward, policy, captions, *, batch, updates, per_update, group_size, apart, lr=1e-4):
+    def __init__(self, uvit, text_encoder, codec, reward, policy, captions, *, batch, updates, per_update, group_size, apart, bf16=False, lr=1e-4):
         self.text_encoder, self.codec, self.reward, self.policy, self.captions = text_encoder, codec, reward, policy, captions
         self.batch, self.updates, self.per_update, self.group_size, self.apart = batch, updates, per_update, group_size, apart
-        self.model = PlainUViT(uvit, fused=True)
+        self.device, self.bf16 = uvit.position.device, False  # fp32 for the check below
+        self.model = PlainUViT(uvit, fused=True).to(self.device)
         self.schedule, self.shape = uvit.schedule, (uvit.config.in_channels, uvit.config.sample_size, uvit.config.sample_size)
         self.reference = copy.deepcopy(self.model).requires_grad_(False)
         self.ema = copy.deepcopy(self.model).requires_grad_(False)
         self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=lr, weight_decay=0.0)
         self.null_text = text_encoder([""])
         self.drawn, self.log = 0, []
-        y, t, lam = torch.randn(2, *self.shape), torch.tensor([0.5, 0.25]), torch.tensor([1.0, 0.3])
+        y, t, lam = (value.to(self.device) for value in (torch.randn(2, *self.shape), torch.tensor([0.5, 0.25]), torch.tensor([1.0, 0.3])))
         with torch.no_grad():
             text = text_encoder(captions[:2])
             torch.testing.assert_close(self.network(self.model, y, t, lam, text), uvit(y, t, lam, text), rtol=1e-3, atol=1e-4)
+        self.bf16 = bf16
 
     def network(self, model, y, t, lam, text):
-        eps = model(y * torch.rsqrt(1 + lam)[:, None, None, None], t, lam.log() / 10, text)
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16):
+            eps = model(y * torch.rsqrt(1 + lam)[:, None, None, None], t, lam.log() / 10, text).float()
         c_skip, c_out = (c[:, None, None, None] for c in precondition(t, lam, self.schedule))
         return c_skip * y + c_out * eps
 
     def guided(self, model, i, y, text):
         plan, scale = self.policy.plan, self.policy.guidance[i]
-        t, lam = (torch.full((len(y),), v) for v in (plan.t[i], plan.lam[i]))
+        t, lam = (torch.full((len(y),), v, device=self.device) for v in (plan.t[i], plan.lam[i]))
         if scale == 1:
             return self.network(model, y, t, lam, text)
         null = [e.expand_as(c) for e, c in zip(self.null_text, text)]
@@ -75,7 +79,8 @@ class PlainGrpo:
     def sample(self, captions):
         plan = self.policy.plan
         text = self.text_encoder(captions)
-        y = plan.a[0] * torch.randn(len(captions), *self.shape) + plan.b[0] * torch.randn(len(captions), *self.shape)
+        first, second = (torch.randn(len(captions), *self.shape, device=self.device) for _ in range(2))
+        y = plan.a[0] * first + plan.b[0] * second
         states, log_probs = [y], []
         for i in range(plan.num_steps - 1):
             mean = self.mean_of(self.model, i, y, text)
@@ -87,8 +92,8 @@ class PlainGrpo:
         x0 = y - plan.rho[i] * math.sqrt(plan.lam[i]) * self.guided(self.model, i, y, text)
         pictures = self.codec.decode(x0).add(1).div(2)
         if self.apart:
-            pictures = torch.stack([png_round_trip(picture) for picture in pictures])
-        return {"text": text, "states": states, "log_probs": log_probs, "rewards": self.reward(pictures, captions).numpy(), "captions": captions}
+            pictures = torch.stack([png_round_trip(picture) for picture in pictures.cpu()]).to(self.device)
+        return {"text": text, "states": states, "log_probs": log_probs, "rewards": self.reward(pictures, captions).cpu().numpy(), "captions": captions}
 
     def step(self):
         """A rollout and its updates."""
@@ -103,7 +108,7 @@ class PlainGrpo:
             rows = names == caption
             advantages[rows] = (rewards[rows] - rewards[rows].mean()) / (rewards[rows].std() + 1e-4)
         for s, part in zip(samples, np.split(advantages, len(samples))):
-            s["advantages"] = torch.from_numpy(part).clamp(-ADVANTAGE_CLIP, ADVANTAGE_CLIP)
+            s["advantages"] = torch.from_numpy(part).clamp(-ADVANTAGE_CLIP, ADVANTAGE_CLIP).to(self.device)
         each = len(samples) // self.updates
         for u in range(self.updates):
             self.update(samples[u * each:(u + 1) * each])

@@ -67,7 +67,7 @@ class Scalar(nn.Module):
         self.fc1, self.fc2 = nn.Linear(self.width, self.width), nn.Linear(self.width, dim)
 
     def forward(self, values):
-        freqs = torch.exp(-math.log(10000) * torch.arange(self.width // 2) / (self.width // 2))
+        freqs = torch.exp(-math.log(10000) * torch.arange(self.width // 2, device=values.device) / (self.width // 2))
         args = 1000 * values[:, None] * freqs[None]
         return self.fc2(F.silu(self.fc1(torch.cat([args.cos(), args.sin()], dim=-1)))).unsqueeze(1)
 

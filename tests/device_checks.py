@@ -1,5 +1,5 @@
 """Checks of every native operator on a device, as plain functions: nothing but torch and proxt2i is needed, so that they also run on
-machines without pytest and under compute-sanitizer (`python tests/device_checks.py cuda --small`).
+machines without pytest and under compute-sanitizer (`python tests/device_checks.py cuda --tiny`).
 
 Each takes a Target and raises AssertionError. The truth is the CPU kernels, whose bits every operator but attention must give, and for
 attention exact arithmetic in float64. Inputs are made and results compared on the CPU: what the device runs is our kernels.
@@ -23,6 +23,7 @@ STEP = step_row(0.8, guidance_scale=2.5, a=1.2, b=0.6, clean_y=1.1, clean_eps=0.
 TYPES = [(torch.float32, torch.float32), (torch.float64, torch.float64), (torch.float32, torch.bfloat16), (torch.float32, torch.float16)]
 # One element; an odd number; chunks of 512 and their neighbours; more elements than a block has threads; images with dimensions.
 SHAPES = [(0, 3), (3, 0), (2, 1), (2, 511), (3, 513), (2, 4, 700), (2, 5000)]
+TINY_SHAPES = [(3, 513), (2, 4, 700)]  # every kernel runs, with whole and partial chunks: a sanitizer makes a launch cost many milliseconds
 LARGE_SHAPES = [(3, 300_001), (2, 16, 96, 96), (70_000, 5)]  # striding blocks; more images than a grid has rows
 
 
@@ -32,15 +33,16 @@ class NotHere(Exception):
 
 @dataclass(frozen=True)
 class Target:
-    """Operators and the device of their tensors; `small` leaves out what is slow under a sanitizer or in the emulator."""
+    """Operators and the device of their tensors; `small` leaves out what is slow in the emulator, `tiny` (with small) all but a few sizes besides."""
 
     ops: object
     device: str
     small: bool = False
+    tiny: bool = False
 
     @property
     def shapes(self):
-        return SHAPES if self.small else SHAPES + LARGE_SHAPES
+        return TINY_SHAPES if self.tiny else SHAPES if self.small else SHAPES + LARGE_SHAPES
 
     def call(self, name, *arguments):
         """The operator on copies of CPU tensors; its results on the CPU."""
@@ -90,7 +92,7 @@ def tensors(shape, dtype, eps_dtype):
 # ---- the same bits as the CPU kernels --------------------------------------------------------------------------------------
 
 def check_philox_normal(target):
-    for count in (1, 4, 1027, 5000) if target.small else (1, 4, 1027, 5000, 3_000_001):
+    for count in (1027,) if target.tiny else (1, 4, 1027, 5000) if target.small else (1, 4, 1027, 5000, 3_000_001):
         target.check_bits("philox_normal", torch.tensor([3, -5, 2**62]), 2**33 + 5, count)
 
 
@@ -140,6 +142,7 @@ ATTENTION_CASES = [  # tokens, heads, head dim, queries, key lengths
     (1, 1, 64, 1, None), (65, 1, 64, 30, [65, 64, 1]), (130, 2, 72, 66, None), (70, 1, 72, 70, [3, 70, 69]),
     (100, 1, 128, 100, [0, 37, 100]),
 ]
+TINY_ATTENTION_CASES = [ATTENTION_CASES[1], ATTENTION_CASES[3], ATTENTION_CASES[4]]  # every head dim
 LARGE_ATTENTION_CASES = [(463, 16, 72, 463, None), (463, 16, 72, 256, None), (1231, 4, 72, 1231, [1231, 900]), (463, 8, 64, 463, None),
                          (463, 8, 128, 463, [400, 463])]
 
@@ -173,7 +176,7 @@ def _check_attention(target, normalised):
     if not hasattr(target.ops, "attention_forward") or target.device == "cpu" and target.ops is CPU:
         raise NotHere("the attention kernels are CUDA's")
     truth_on = target.device if not target.small else "cpu"
-    cases = ATTENTION_CASES + ([] if target.small else LARGE_ATTENTION_CASES)
+    cases = TINY_ATTENTION_CASES if target.tiny else ATTENTION_CASES + ([] if target.small else LARGE_ATTENTION_CASES)
     for case, dtype in itertools.product(cases, (torch.bfloat16, torch.float16)):
         qkv, grad, lengths, weights = _attention_inputs(*case, dtype, normalised)
         ours = _our_attention(target, qkv, grad, lengths, weights)
@@ -367,21 +370,33 @@ def check_second_device(target):
 
 CHECKS = {name.removeprefix("check_"): check for name, check in list(globals().items()) if name.startswith("check_")}
 SANITIZED = {  # per tool of compute-sanitizer; graphs and streams need the caching allocator, which hides overruns from it
-    "memcheck": ["philox_normal", "prox_step", "transition_log_ratio", "guided_eps", "matching", "attention", "attention_qk_norm"],
-    "racecheck": ["attention", "attention_qk_norm"],
+    "memcheck": ["philox_normal", "prox_step", "transition_log_ratio", "guided_eps", "matching", "attention", "attention_qk_norm", "qkv_norm"],
+    "racecheck": ["attention", "attention_qk_norm", "qkv_norm"],
 }
+
+
+def plant_overrun(device):
+    """A kernel of ours reads behind the end of its memory, which a sanitizer has to notice; for a process of its own."""
+    cond = torch.zeros(1 << 16, device=device)
+    cond.untyped_storage().resize_(1 << 10)  # bytes: the tensor keeps its size
+    CPU.guided_eps(cond, torch.zeros_like(cond), 2.5).sum().item()
 
 
 def main():
     parser = argparse.ArgumentParser(description="run the checks on a device", epilog="exit status: 0 all passed, 1 otherwise")
     parser.add_argument("device", help="cuda, cuda:1 or cpu")
     parser.add_argument("--small", action="store_true", help="without the large shapes, for sanitizers")
+    parser.add_argument("--tiny", action="store_true", help="the fewest sizes that run every kernel, for sanitizers")
+    parser.add_argument("--plant", action="store_true", help="no check: one kernel reads behind the end of its memory, for a sanitizer to find")
     parser.add_argument("--only", nargs="+", choices=CHECKS, default=list(CHECKS), metavar="CHECK", help=", ".join(CHECKS))
     given = parser.parse_args()
+    if given.plant:
+        plant_overrun(given.device)
+        return 0
     failures = 0
     for name in given.only:
         try:
-            CHECKS[name](Target(CPU, given.device, given.small))
+            CHECKS[name](Target(CPU, given.device, given.small or given.tiny, given.tiny))
             print(f"{name}: passed", flush=True)
         except NotHere as reason:
             print(f"{name}: skipped, {reason}", flush=True)

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoTokenizer, CLIPTextModel, T5EncoderModel
 from transformers.utils import logging as logging_utils
 
+from ..transfer import send
 from .files import check_component, check_loaded
 
 ENCODERS = {"clip": CLIPTextModel, "clip_text_model": CLIPTextModel, "t5": T5EncoderModel}
@@ -73,7 +74,7 @@ class TextEncoder(nn.Module):
             raise ValueError("captions must be a list of strings, not one string")
         unique = list(dict.fromkeys(captions))  # repeated prompts (and nulls) are encoded once
         rows = {caption: row for row, caption in enumerate(unique)}
-        index = torch.tensor([rows[caption] for caption in captions], device=self.device)
+        index = send(torch.tensor([rows[caption] for caption in captions]), self.device)
         return [self._encode(i, unique)[index] for i in (range(len(self.encoders)) if encoders is None else encoders)]
 
     def truncated(self, captions: list[str]) -> list[bool]:
@@ -98,10 +99,9 @@ class TextEncoder(nn.Module):
     def _encode(self, i: int, captions: list[str]) -> Tensor:
         batch = self.tokenizers[i](captions, padding="max_length", truncation=True, max_length=self.lengths[i],
                                    return_tensors="pt")
-        mask = batch["attention_mask"].to(self.device)
-        self._warn_if_cut(i, captions, mask)
+        self._warn_if_cut(i, captions, batch["attention_mask"])
+        ids, mask = (send(batch[key], self.device) for key in ("input_ids", "attention_mask"))
         with torch.autocast(self.device.type, enabled=False):
-            ids = batch["input_ids"].to(self.device)
             hidden = self.encoders[i](input_ids=ids, attention_mask=mask).last_hidden_state
         # where, not multiply: an encoder may give NaN at masked positions
         return torch.where(mask.bool()[..., None], hidden.float(), 0.0)

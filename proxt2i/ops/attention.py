@@ -123,10 +123,13 @@ def preferred(qkv: torch.Tensor) -> str:
         return "sdpa"
     if qkv.device.type == "cpu":
         return "native" if CPU_IS_FAST and qkv.dtype == torch.float32 and qkv.shape[1] <= CPU_TOKENS else "sdpa"
-    rows = _table().get(torch.cuda.get_device_name(qkv.device), {}).get(str(qkv.shape[-1]), {})
-    if not rows:
-        return "sdpa"
-    return rows[min(rows, key=lambda tokens: abs(math.log(int(tokens) / qkv.shape[1])))]
+    return _measured(qkv.device.index, qkv.shape[-1], qkv.shape[1])
+
+
+@torch.compiler.assume_constant_result  # asked while torch.compile traces, not traced
+def _measured(device: int | None, dim: int, tokens: int) -> str:
+    rows = _table().get(torch.cuda.get_device_name(device), {}).get(str(dim), {})
+    return rows[min(rows, key=lambda measured: abs(math.log(int(measured) / tokens)))] if rows else "sdpa"
 
 
 @functools.cache

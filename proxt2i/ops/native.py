@@ -16,11 +16,12 @@ except ImportError as error:
                           "build it with: pip install --no-build-isolation -e .") from error
 
 IMPLS = (None, "native", "ref")
+HAS_CUDA = _C is not None and bool(_C.build_info()["cuda"])  # known here: torch.compile does not follow the call
 
 
 def native_available(device: str = "cpu") -> bool:
     """Whether the native operators are built for a device type ("cpu" or "cuda")."""
-    return _C is not None and (device == "cpu" or (device == "cuda" and _C.build_info()["cuda"]))
+    return _C is not None and (device == "cpu" or (device == "cuda" and HAS_CUDA))
 
 
 def cpu_isa() -> str | None:

@@ -95,7 +95,7 @@ class StopFlag:
 
     def __init__(self, ranks: Ranks):
         self._received = 0
-        self._device = ranks.device
+        self._ranks = ranks
 
     def __enter__(self) -> StopFlag:
         self._previous = {number: signal.signal(number, self._on_signal) for number in lifeline.STOP_SIGNALS}
@@ -110,7 +110,9 @@ class StopFlag:
 
     def reduced(self) -> int:
         """The signal that some rank received, or 0. Collective: every rank calls it at the same step."""
-        flag = torch.tensor(self._received, device=self._device)
+        if self._ranks.world_size == 1:
+            return self._received  # a GPU need not be waited for
+        flag = torch.tensor(self._received, device=self._ranks.device)
         dist.all_reduce(flag, op=dist.ReduceOp.MAX)
         return int(flag)
 

@@ -77,8 +77,9 @@ def fill_deepspeed_json(loaded: dict, train: TrainConfig, optim: OptimConfig, wo
         raise ValueError("train.compile needs ZeRO stage 1 or 2: under stage 3 the weights come and go inside the blocks")
     # Buffers of the size of the model: DeepSpeed allocates a whole bucket, however small the model is.
     bucket = min(num_params, MAX_BUCKET)
-    # Gradients are gathered in one buffer where memory could fragment; on a CPU the copies would cost more than they save.
-    auto_zero = {"reduce_bucket_size": bucket, "allgather_bucket_size": bucket, "overlap_comm": on_gpu, "contiguous_gradients": on_gpu,
+    # Gradients are gathered in one buffer where memory could fragment; on a CPU the copies would cost more than they save. To overlap sums with the
+    # backward pass DeepSpeed waits for the device at the end of each: not where there is nobody to sum with.
+    auto_zero = {"reduce_bucket_size": bucket, "allgather_bucket_size": bucket, "overlap_comm": on_gpu and world_size > 1, "contiguous_gradients": on_gpu,
                  "stage3_prefetch_bucket_size": bucket, "stage3_max_live_parameters": 10 * MAX_BUCKET}
     zero = {key: auto_zero[key] if value == AUTO else value for key, value in loaded["zero_optimization"].items()}
     # Our optimizer runs wherever the state lies: DeepSpeed's CPU Adam, compiled at the first start, is not needed.

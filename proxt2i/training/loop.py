@@ -16,7 +16,7 @@ from proxt2i.models.uvit import PRESETS, UViT2DModel, build_uvit
 from proxt2i.training import distributed
 from proxt2i.training.distributed import Ranks, StopFlag
 from proxt2i.training.export import export
-from proxt2i.training.feed import Feed, check_sizes
+from proxt2i.training.feed import Batch, Feed, check_sizes
 from proxt2i.training.meter import Meter
 from proxt2i.training.objective import Objective
 from proxt2i.training.preview import settings_of
@@ -46,6 +46,7 @@ class Trainer(Run):
         self.micro_batch = config.train.micro_batch or per_rank
         self.feed = Feed(config.data, Path(config.model.components or EMBEDDED), ranks, per_rank, patch_size=patch_size_of(config.model),
                          seed=config.train.seed, run_dir=self.run_dir, dtype=torch.bfloat16 if self.bf16 else torch.float32)
+        self.batch: Batch | None = None  # of the next step, fetched ahead
         self.objective = Objective(config.diffusion, config.train.seed)
         self.uvit = self._build_uvit()
         saved = SavedState(self.checkpoint.folder) if self.checkpoint else None
@@ -91,20 +92,26 @@ class Trainer(Run):
     def step(self) -> None:
         """One optimiser step on `batch_size` images."""
         self._begin_step()
-        waiting = time.perf_counter()
-        batch = self.feed.next()
-        self.meter.data_seconds += time.perf_counter() - waiting
-        for part in batch.micro_batches(self.micro_batch):
+        batch = self.batch or self._next_batch()
+        self.batch = None
+        parts = list(batch.micro_batches(self.micro_batch))
+        for number, part in enumerate(parts, 1):
             example = self.objective.example(part.latents, part.positions)
             text = self.objective.drop_captions(part.text, self.feed.null_text, part.positions)
             eps = self.engine(example.y, example.t, example.lam, text)
             losses = self.objective.loss(eps, example, self.images_seen)
             self.engine.backward((losses * example.weight).mean())
-            self.engine.step()
             self.meter.add_losses(losses.detach(), example.bucket)
+            if number == len(parts) and self.images_seen + self.batch_size < self.config.train.images:
+                self.batch = self._next_batch()  # now a GPU has work for a while; the optimiser's step will wait for the gradient's norm
+            self.engine.step()
         self.images_seen += self.batch_size
         self.meter.add_images(batch.latents)
         self._end_step(self.batch_size, self.batch_size)
+
+    def _next_batch(self) -> Batch:
+        with self.meter.waits_for_data():
+            return self.feed.next()
 
     def _crossed(self, every: int) -> bool:
         """Whether the last step passed a multiple of `every` images, or ended the run."""

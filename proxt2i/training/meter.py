@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import resource
 import sys
@@ -15,6 +16,7 @@ from torch import Tensor
 
 from proxt2i.models.flops import peak_tflops, tokens_per_image, training_flops
 from proxt2i.training.distributed import Ranks
+from proxt2i.transfer import send
 
 
 class Meter:
@@ -34,6 +36,17 @@ class Meter:
         self.data_seconds = self.paused_seconds = 0.0
         self.started = time.perf_counter()
 
+    @contextlib.contextmanager
+    def waits_for_data(self):
+        """Counts the time within as waiting, unless the device was busy all the while with what it had been given before."""
+        start, given = time.perf_counter(), None
+        if self.ranks.device.type == "cuda":
+            given = torch.cuda.Event()
+            given.record()
+        yield
+        if given is None or given.query():
+            self.data_seconds += time.perf_counter() - start
+
     def add_images(self, latents: Tensor) -> None:
         """Count a batch of this rank, latents [B, C, h, w]."""
         count, _, *size = latents.shape
@@ -43,7 +56,7 @@ class Meter:
 
     def add_losses(self, losses: Tensor, bucket: Tensor) -> None:
         """losses: [B], detached; bucket: int64 [B] on the CPU. Non-finite losses are left out."""
-        bucket, finite = bucket.to(losses.device), losses.isfinite()
+        bucket, finite = send(bucket, losses.device), losses.isfinite()
         self.loss_sum.index_add_(0, bucket, torch.where(finite, losses, 0.0).double())
         self.loss_count.index_add_(0, bucket, finite.double())
 

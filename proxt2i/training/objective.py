@@ -12,6 +12,7 @@ from proxt2i.config import DiffusionConfig
 from proxt2i.diffusion import PairSampler, TimeSampler, VPSchedule, pair_coefficients, precondition
 from proxt2i.ops import noised_pair, prox_matching_loss
 from proxt2i.training.randomness import DROPOUT, PAIR, sample_seeds, uniforms
+from proxt2i.transfer import send
 
 
 @dataclass(frozen=True)
@@ -48,7 +49,7 @@ class Objective:
         t, lam, bucket = self.pairs.draw(torch.from_numpy(uniforms(seeds, PAIR)))
         if self.is_score and self.config.score_times == "pairs":  # the same noise, asked as a score: y / sqrt(1 + lam) at tau
             t, lam = self.schedule.tau(t, lam), torch.zeros_like(lam)
-        seeds, t, lam = torch.from_numpy(seeds).to(x0.device), t.to(x0.device), lam.to(x0.device)
+        seeds, t, lam = (send(values, x0.device) for values in (torch.from_numpy(seeds), t, lam))
         coefficients = pair_coefficients(t, lam, self.schedule)
         y = noised_pair(x0, seeds, coefficients)
         weight = precondition(t, lam, self.schedule)[1].pow(-2 * self.config.weight_power)
@@ -65,5 +66,5 @@ class Objective:
     def drop_captions(self, text: list[Tensor], null_text: list[Tensor], positions: Tensor) -> list[Tensor]:
         """Replace a share `caption_dropout` of the embeddings [B, L_i, D_i] by the empty caption's [1, L_i, D_i]."""
         drop = uniforms(sample_seeds(self.run_seed, positions.numpy()), DROPOUT) < self.config.caption_dropout
-        drop = torch.from_numpy(np.asarray(drop)).to(text[0].device)[:, None, None]
+        drop = send(torch.from_numpy(np.asarray(drop)), text[0].device)[:, None, None]
         return [torch.where(drop, null, embedding) for embedding, null in zip(text, null_text)]
