@@ -58,6 +58,7 @@ def log_ratio(shape: tuple[int, ...], device: str, with_kl: bool, compiled: bool
     leaves = eps_cond.requires_grad_(), eps_uncond.requires_grad_()
     seeds, steps = torch.arange(shape[0], device=device), torch.ones(shape[0], dtype=torch.int64, device=device)
     scale = torch.full((shape[0],), A * RHO * SQRT_LAM / B, device=device)
+    deviation = torch.tensor(B, device=device)  # from a number, Normal would copy it to the device at every call
     next_y = A * (y - RHO * SQRT_LAM * eps_old) + B * torch.randn(shape, device=device)
 
     def fused():
@@ -67,7 +68,7 @@ def log_ratio(shape: tuple[int, ...], device: str, with_kl: bool, compiled: bool
 
     def plain(eps_cond, eps_uncond, eps_old, eps_ref, y, next_y):
         eps = eps_uncond + GUIDANCE * (eps_cond - eps_uncond)
-        new, old, ref = (Normal(A * (y - RHO * SQRT_LAM * e), B, validate_args=False) for e in (eps, eps_old, eps_ref))
+        new, old, ref = (Normal(A * (y - RHO * SQRT_LAM * e), deviation, validate_args=False) for e in (eps, eps_old, eps_ref))
         result = (new.log_prob(next_y) - old.log_prob(next_y)).flatten(1).sum(1)
         if with_kl:
             result = result - 0.1 * kl_divergence(new, ref).flatten(1).sum(1)

@@ -377,7 +377,7 @@ SANITIZED = {  # per tool of compute-sanitizer; graphs and streams need the cach
 
 def plant_overrun(device):
     """A kernel of ours reads behind the end of its memory, which a sanitizer has to notice; for a process of its own."""
-    cond = torch.zeros(1 << 16, device=device)
+    cond = torch.zeros(1 << 23, device=device)  # 32 MiB: more than what may lie behind it by chance
     cond.untyped_storage().resize_(1 << 10)  # bytes: the tensor keeps its size
     CPU.guided_eps(cond, torch.zeros_like(cond), 2.5).sum().item()
 
