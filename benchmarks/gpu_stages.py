@@ -133,7 +133,7 @@ def stage_sanitizer(report, options):
     ours: list[str] = []
 
     def under(kind, arguments):
-        """Output, and whether the time was enough. RuntimeError when something was found."""
+        """The output. RuntimeError when something was found or could not start; TookTooLong."""
         # the caching allocator hands out pieces of large blocks, past whose ends the tool would see nothing
         quiet = ["--report-api-errors", "no"] if kind == "memcheck" else []  # torch asks CUDA things that may fail
         return run_command([tool, "--tool", kind, *quiet, *ours, "--error-exitcode", 99, sys.executable, "tests/device_checks.py", "cuda", *arguments],

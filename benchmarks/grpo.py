@@ -99,7 +99,7 @@ def plain(folder: Path, name: str, apart: bool, *overrides: str):
     roller = trainer.roller
     return waiting(PlainGrpo(trainer.uvit, roller.text_encoder, roller.codec, roller.scorer.rewards[0], trainer.policy, trainer.prompts.texts, batch=PER_UPDATE,
                      updates=UPDATES, per_update=PER_UPDATE, group_size=GROUP_SIZE, apart=apart,
-                             bf16=trainer.bf16).step, trainer.ranks.device)
+                              bf16=trainer.bf16).step, trainer.ranks.device)
 
 
 MAKERS = {"ours": (ours, ()), "plain": (plain, (True,)), "plain-batched": (plain, (False,)), "compiled": (ours, ("train.compile=true",))}

@@ -79,7 +79,7 @@ def make_trainer(folder: Path, settings: list[str]) -> Trainer:
 def use(uvit, kind: str) -> None:
     """compiled: as train.compile=true does before the first step."""
     if kind == "compiled":
-        uvit.compile_blocks()
+        uvit.compile_repeated_blocks(fullgraph=True)
     else:
         for block in [*uvit.in_blocks, uvit.mid_block, *uvit.out_blocks]:
             block._compiled_call_impl = None  # what nn.Module.compile sets

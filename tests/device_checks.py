@@ -385,7 +385,7 @@ def plant_overrun(device):
 def main():
     parser = argparse.ArgumentParser(description="run the checks on a device", epilog="exit status: 0 all passed, 1 otherwise")
     parser.add_argument("device", help="cuda, cuda:1 or cpu")
-    parser.add_argument("--small", action="store_true", help="without the large shapes, for sanitizers")
+    parser.add_argument("--small", action="store_true", help="without the large shapes")
     parser.add_argument("--tiny", action="store_true", help="the fewest sizes that run every kernel, for sanitizers")
     parser.add_argument("--plant", action="store_true", help="no check: one kernel reads behind the end of its memory, for a sanitizer to find")
     parser.add_argument("--only", nargs="+", choices=CHECKS, default=list(CHECKS), metavar="CHECK", help=", ".join(CHECKS))

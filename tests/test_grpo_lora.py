@@ -97,7 +97,7 @@ def test_compiled_blocks_follow_the_switch(model):
             if ".lora_B." in name:
                 p.add_(0.1)
     eager = outputs(uvit)
-    UViT2DModel.compile_blocks(uvit, backend="eager")
+    UViT2DModel.compile_repeated_blocks(uvit, fullgraph=True, backend="eager")
     torch.testing.assert_close(outputs(uvit), eager)
     with adapters_off(uvit):
         torch.testing.assert_close(outputs(uvit), outputs(load_uvit(model / "uvit")))

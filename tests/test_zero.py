@@ -177,7 +177,7 @@ def test_a_full_disk_ends_the_run_and_keeps_the_last_good_checkpoint(settings, r
 
 
 def test_compiled_blocks_are_whole_graphs_and_train_alike(settings, ranks, tmp_path, length, monkeypatch):
-    monkeypatch.setattr(UViT2DModel, "compile_blocks", partialmethod(UViT2DModel.compile_blocks, backend="aot_eager"))
+    monkeypatch.setattr(UViT2DModel, "compile_repeated_blocks", partialmethod(UViT2DModel.compile_repeated_blocks, backend="aot_eager"))
     for name, compiled in (("eager", "false"), ("compiled", "true")):
         train(overrides(settings, **length | dict(train__compile=compiled, model__gradient_checkpointing="false")), "zero2", tmp_path / name, ranks=ranks)
     assert_close(tmp_path / "eager", tmp_path / "compiled")

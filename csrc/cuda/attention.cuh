@@ -76,6 +76,21 @@ __device__ __forceinline__ float row_max(float x) {
   return fmaxf(x, __shfl_xor_sync(0xFFFFFFFFu, x, 2));
 }
 
+// A tile's scores, 8 N keys: -infinity from the first `left` on.
+template <int N>
+__device__ __forceinline__ void mask_keys(float (&s)[N][4], int left) {
+  const int lane = lane_id();
+  if (left < 8 * N) {
+#pragma unroll
+    for (int n = 0; n < N; ++n) {
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        if (8 * n + 2 * (lane % 4) + i % 2 >= left) s[n][i] = -INFINITY;
+      }
+    }
+  }
+}
+
 // Eight neighbouring elements, 16 bytes, as floats and back.
 template <typename T>
 __device__ __forceinline__ void load8(float (&x)[8], const T* from) {

@@ -44,16 +44,7 @@ __global__ void __launch_bounds__(attention_threads, D > 96 ? 2 : 3) attention_f
 
     float s[tile_keys / 8][4] = {};
     multiply_transposed<T, D, tile_keys>(s, q, k);
-    const int left = head.keys - tile * tile_keys;
-    if (left < tile_keys) {
-#pragma unroll
-      for (int n = 0; n < tile_keys / 8; ++n) {
-#pragma unroll
-        for (int i = 0; i < 4; ++i) {
-          if (8 * n + 2 * (lane % 4) + i % 2 >= left) s[n][i] = -INFINITY;
-        }
-      }
-    }
+    mask_keys(s, head.keys - tile * tile_keys);
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       float top = -INFINITY;

@@ -59,16 +59,7 @@ struct HopperRows {
   // Scores of a tile, of which the first `left` keys exist, to weights. Where `factor` must be applied to what was summed before, true.
   template <int N>
   __device__ __forceinline__ bool soften(float (&s)[N][4], int left, float scale, float (&factor)[2]) {
-    const int lane = lane_id();
-    if (left < 8 * N) {
-#pragma unroll
-      for (int n = 0; n < N; ++n) {
-#pragma unroll
-        for (int i = 0; i < 4; ++i) {
-          if (8 * n + 2 * (lane % 4) + i % 2 >= left) s[n][i] = -INFINITY;
-        }
-      }
-    }
+    mask_keys(s, left);
     float next[2];
 #pragma unroll
     for (int half = 0; half < 2; ++half) {

@@ -140,7 +140,7 @@ class UViT2DModel(ModelMixin, ConfigMixin):
 
     _supports_gradient_checkpointing = True
     _no_split_modules = ["Block"]
-    _repeated_blocks = ["Block"]  # diffusers' compile_repeated_blocks
+    _repeated_blocks = ["Block"]  # compile_repeated_blocks(fullgraph=True) compiles each by itself; equal blocks share their code
 
     @register_to_config
     def __init__(self, sample_size: int, in_channels: int = 16, patch_size: int = 2, embed_dim: int = 1152,
@@ -233,11 +233,6 @@ class UViT2DModel(ModelMixin, ConfigMixin):
             last = i == len(self.out_blocks) - 1
             x = self._call(block, x, skips.pop(), num_image_tokens if last else None)
         return x
-
-    def compile_blocks(self, backend: str = "inductor") -> None:
-        """torch.compile every block by itself: equal blocks share their code."""
-        for block in [*self.in_blocks, self.mid_block, *self.out_blocks]:
-            block.compile(fullgraph=True, backend=backend)
 
     def _call(self, block: Block, *args) -> Tensor:
         if self.gradient_checkpointing and torch.is_grad_enabled():

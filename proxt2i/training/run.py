@@ -54,7 +54,7 @@ class Run:
         num_params = sum(p.numel() for p in self.uvit.parameters() if p.requires_grad)
         self.deepspeed_json = engines.fill_deepspeed_json(deepspeed_json, batches, optim, ranks.world_size, num_params, ranks.device.type == "cuda")
         if batches.compile:
-            self.uvit.compile_blocks()
+            self.uvit.compile_repeated_blocks(fullgraph=True)
         self.engine, self.partition = engines.initialize(engines.Autocast(self.uvit, self.bf16), self.deepspeed_json, optim)
         self.optimizer = self.engine.optimizer.optimizer
         self.optimizer.skip = lambda: self.spikes.refuses(self._grad_norm())
