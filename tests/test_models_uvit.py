@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch._dynamo.testing import CompileCounterWithBackend
 
 from proxt2i.diffusion import VPSchedule, precondition
 from proxt2i.models.uvit import (
@@ -219,6 +220,23 @@ def test_enable_gradient_checkpointing_of_diffusers_works():
     assert model.gradient_checkpointing and model.is_gradient_checkpointing
     model.disable_gradient_checkpointing()
     assert not model.gradient_checkpointing
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+def test_equal_blocks_share_their_compiled_code(autocast):
+    """A deep network compiles as often as a shallow one: once for a block without a long skip, once for one with it
+    (and again where the first block's input needs no gradient or has another dtype)."""
+    def compilations(depth):
+        torch._dynamo.reset()
+        compiled, model = CompileCounterWithBackend("aot_eager"), small(depth=depth)
+        model.compile_repeated_blocks(fullgraph=True, backend=compiled)
+        for seed in range(2):
+            with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+                loss = model(*inputs(seed=seed)).float().square().mean()
+            loss.backward()
+        return compiled.frame_count
+
+    assert 2 <= compilations(5) <= 4 and compilations(13) == compilations(5)
 
 
 def test_save_and_from_pretrained_round_trip_is_bit_equal(tmp_path):

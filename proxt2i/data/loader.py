@@ -6,9 +6,11 @@ import contextlib
 import itertools
 import json
 import logging
+import multiprocessing
 import os
 import signal
 import threading
+import time
 from collections.abc import Iterable
 from multiprocessing.sharedctypes import RawArray
 from pathlib import Path
@@ -196,6 +198,7 @@ class ReadAhead:
         except Exception:                                     # of many types: it depends on where the process was killed
             if self._hanging is None:
                 raise
+            self._reader.wait_for_the_killed()
             raise RuntimeError(f"no batch of data for {self._timeout_s:g} s (data.timeout_s): {self._hanging}. "
                                "Does its disk or file server answer?") from None
         finally:
@@ -237,6 +240,16 @@ class _Reader(Dataset):
         for pid in filter(None, self.pids):
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
+
+    def wait_for_the_killed(self, timeout_s: float = 2.0) -> None:
+        """A dying process closes its sockets, which is noticed, before it is gone. Until it is, torch's handler of SIGCHLD may
+        raise, once, wherever this process happens to be: let that be here."""
+        until = time.monotonic() + timeout_s                  # one in the kernel's hands cannot be killed: it is not waited for
+        while time.monotonic() < until:
+            with contextlib.suppress(RuntimeError):
+                if not {process.pid for process in multiprocessing.active_children()} & set(self.pids):
+                    return
+                time.sleep(0.01)
 
 
 def _as_it_is(batch: dict) -> dict:
