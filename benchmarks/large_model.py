@@ -68,7 +68,7 @@ def prepare(folder: Path, num_images: int, device: str) -> list[str]:
 
 
 def make_trainer(folder: Path, settings: list[str]) -> Trainer:
-    overrides = [f"train.run_dir={folder}/run", "train.tensorboard=false", "sample.every=0", "optim.warmup_images=1000000", *settings]
+    overrides = [f"train.run_dir={folder}/run", "train.tensorboard=false", "sample.every=0", "optim.warmup_images=1000000", "train.compile=false", *settings]
     trainer = Trainer(load_config(ROOT / "configs" / "uvit_h_256.yaml", overrides), read_deepspeed_json(ROOT / "configs" / "zero2.json"), None,
                       distributed.start(0))
     trainer.feed.open(0, print)

@@ -1,6 +1,6 @@
 """Memory, communication and time of training on 8 to 1,024 GPUs, from one GPU's measured speed and a model of the network.
 
-    python benchmarks/scaling.py [--peak-tflops 989 --efficiency 0.336 --images 32 ...]
+    python benchmarks/scaling.py [--peak-tflops 989 --efficiency 0.378 --images 32 ...]
 
 Prints the tables of docs/scaling.md. Memory is proxt2i/dry_run.py's count, operations are proxt2i/models/flops.py's.
 """
@@ -53,7 +53,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--peak-tflops", type=float, default=989, help="dense bf16 peak of a GPU (TFLOP/s)")
-    add("--efficiency", type=float, default=0.336, help="share of it that the arithmetic reaches, recomputation included (measured: docs/kernels.md)")
+    add("--efficiency", type=float, default=0.378, help="share of it that the arithmetic reaches, recomputation included (measured: docs/kernels.md)")
     add("--images", type=int, default=32, help="images of a rank and step (default: 32)")
     add("--batch", type=int, help="images of a step, all ranks together: the ranks share them (default: each has --images)")
     add("--nvlink", type=float, default=300, help="what a GPU sends within its node (GB/s)")

@@ -74,7 +74,7 @@ def fill_deepspeed_json(loaded: dict, train: TrainConfig, optim: OptimConfig, wo
             raise ValueError(f"DeepSpeed JSON: {entry} is {given}, but the config (train.batch_size, train.micro_batch, "
                              f'optim.grad_clip) and {world_size} ranks give {value}; write "auto" in the JSON')
     if train.compile and loaded["zero_optimization"]["stage"] == 3:
-        raise ValueError("train.compile needs ZeRO stage 1 or 2: under stage 3 the weights come and go inside the blocks")
+        raise ValueError("train.compile needs ZeRO stage 1 or 2: under stage 3 the weights come and go inside the blocks; set train.compile=false")
     # Buffers of the size of the model: DeepSpeed allocates a whole bucket, however small the model is.
     bucket = min(num_params, MAX_BUCKET)
     # Gradients are gathered in one buffer where memory could fragment; on a CPU the copies would cost more than they save. To overlap sums with the
