@@ -10,7 +10,8 @@
 
 Columns: share of pictures with all eight attributes right, with its standard error; its change by GRPO, paired picture by picture;
 attributes right; Frechet distance to other drawings; variance within a prompt relative to drawings, of all pictures and of the
-pictures that are right (so that losing wrong pictures does not count as losing variety). All is kept in OUT; interrupted, it goes on.
+pictures that are right (so that losing wrong pictures does not count as losing variety). "By choice": the variance that the pictures
+before GRPO have when right ones are taken more often, until as many more are right; no tuning of any kind is in it. All is kept in OUT; interrupted, it goes on.
 """
 
 from __future__ import annotations
@@ -19,8 +20,10 @@ import argparse
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import torch
 
 sys.path.insert(0, str(Path(__file__).parent))
@@ -39,6 +42,7 @@ from proxt2i.models.bundle import load_bundle
 ROOT = Path(__file__).resolve().parents[1]
 FIRST = HELD_OUT_SEED + 30_000  # portraits whose captions are the prompts: proxt2i.evaluate's begin 20,000 earlier
 PER_GROUP = 16
+ODDS = (1, 1.25, 1.5, 2, 3, 4, 6, 10, 20, 1e3)  # of a right picture, in `by_choice`
 KINDS = {"prox": [], "score": ["diffusion.objective=score", "diffusion.weight_power=0.75"]}
 PLANS = {"prox": [], "score": ["rollout.plan=ddpm"]}
 
@@ -74,6 +78,17 @@ def draw(bundle, how, steps: int, captions: list[str], seeds: torch.Tensor) -> t
     return torch.cat(pictures)
 
 
+def by_choice(features: torch.Tensor, right: torch.Tensor, odds: float) -> tuple[float, float]:
+    """(share right, variance within a prompt) of pictures taken with probability in proportion to `odds` where right, else 1: means over prompts.
+
+    features: [prompts, n, F].  right: bool [prompts, n].  Weights w that sum to 1 give sum(w |x - mean|^2) / (1 - sum(w^2)), which has no bias.
+    """
+    w = torch.where(right, odds, 1.0).double()
+    w /= w.sum(1, keepdim=True)
+    squares = (features.double() - torch.einsum("pn,pnf->pf", w, features.double())[:, None]).square().sum(2)
+    return (w * right).sum(1).mean().item(), ((w * squares).sum(1) / (1 - w.square().sum(1))).mean().item()
+
+
 def measure(model: Path, how, steps: int, args, judge: Judge, drawings: dict) -> dict:
     """One line of the table, without its change; right: of every picture, whether all attributes are."""
     bundle = load_bundle(model)
@@ -84,10 +99,13 @@ def measure(model: Path, how, steps: int, args, judge: Judge, drawings: dict) ->
     of_groups, varied = judge(draw(bundle, how, steps, [captions[i] for i in groups], torch.arange(len(groups)) + 6_000_000))
     good = right_attributes(of_groups, [metadata[i] for i in groups])[0].all(1)
     kept = [varied[rows][good[rows]] for rows in torch.arange(len(groups)).split(PER_GROUP)]
+    shape = args.diversity_prompts, PER_GROUP
+    choices = [by_choice(varied.reshape(*shape, -1), good.reshape(shape), odds) for odds in ODDS]
     of_right = [x.double().var(0).sum().item() for x in kept if len(x) > 1]
     return {"all_right": right.all(1).float().mean().item(), "accuracy": right.float().mean().item(), "right": right.all(1).int().tolist(),
             "fd": frechet_distance(features, drawings["features"]), "diversity": diversity(varied, args.diversity_prompts) / drawings["diversity"],
-            "diversity_of_right": sum(of_right) / max(len(of_right), 1) / drawings["diversity"], "groups_with_right": len(of_right)}
+            "diversity_of_right": sum(of_right) / max(len(of_right), 1) / drawings["diversity"], "groups_with_right": len(of_right),
+            "by_choice": [(share, variance / drawings["diversity"]) for share, variance in choices]}
 
 
 def error(values: list[float]) -> float:
@@ -96,11 +114,12 @@ def error(values: list[float]) -> float:
 
 
 def table(rows: list[dict]) -> str:
-    lines = ["| network, sampler | steps | | all eight right | change | attributes right | FD | diversity | of right pictures |", "|---|---|---|---|---|---|---|---|---|"]
+    lines = ["| network, sampler | steps | | all eight right | change | attributes right | FD | diversity | by choice | of right pictures |", "|---|---|---|---|---|---|---|---|---|---|"]
     for row in rows:
         change = f"{row['change']:+.3f} ± {row['change_error']:.3f}" if "change" in row else "–"
+        chosen = f"{row['chosen']:.2f}" if "chosen" in row else "–"
         lines.append(f"| {row['kind']}, {row['plan']} | {row['steps']} | {row['when']} | {row['all_right']:.3f} ± {row['error']:.3f} | {change} "
-                     f"| {row['accuracy']:.3f} | {row['fd']:.1f} | {row['diversity']:.2f} | {row['diversity_of_right']:.2f} |")
+                     f"| {row['accuracy']:.3f} | {row['fd']:.1f} | {row['diversity']:.2f} | {chosen} | {row['diversity_of_right']:.2f} |")
     return "\n".join(lines) + "\n"
 
 
@@ -112,6 +131,7 @@ def main() -> None:
     parser.add_argument("--prompts", type=int, default=1024, help="held-out prompts, one picture each (default: 1024)")
     parser.add_argument("--diversity-prompts", type=int, default=32, help=f"of them drawn {PER_GROUP} times (default: 32)")
     parser.add_argument("--kinds", nargs="+", choices=list(KINDS), default=list(KINDS))
+    parser.add_argument("--guidance-before", type=float, metavar="SCALE", help="guidance of the models before GRPO (default: that of the rollouts)")
     parser.add_argument("--ranks", type=int, default=2)
     parser.add_argument("--port", type=int, default=29533, help="of the launcher")
     parser.add_argument("--prox", type=Path, metavar="DIR", help="model folder of the proximal network; default: train it")
@@ -140,20 +160,23 @@ def main() -> None:
                 "diversity": diversity(judge(varied)[1], args.diversity_prompts)}
     for kind in args.kinds:
         how = load_config(out / f"{kind}-grpo" / "config.yaml").rollout
+        hows = {"before": replace(how, guidance=how.guidance if args.guidance_before is None else args.guidance_before), "after": how}
         for steps in args.steps:
             pair = {}
             for when, model in models[kind].items():
-                cell = out / "cells" / f"{kind}-{when}-{steps}-{args.prompts}-{args.diversity_prompts}.json"
+                cell = out / "cells" / f"{kind}-{when}-{steps}-{hows[when].guidance:g}-{args.prompts}-{args.diversity_prompts}.json"
                 if not cell.exists():
                     cell.parent.mkdir(parents=True, exist_ok=True)
-                    write_atomically(cell, json.dumps(measure(model, how, steps, args, judge, drawings)))
+                    write_atomically(cell, json.dumps(measure(model, hows[when], steps, args, judge, drawings)))
                 pair[when] = json.loads(cell.read_text())
-                rows.append({"kind": kind, "plan": how.plan, "steps": steps, "when": when, **pair[when], "error": error(pair[when]["right"])})
+                rows.append({"kind": kind, "plan": how.plan, "guidance": hows[when].guidance, "steps": steps, "when": when, **pair[when], "error": error(pair[when]["right"])})
                 print(table(rows[-1:]).splitlines()[-1], flush=True)
             changes = [after - before for before, after in zip(pair["before"]["right"], pair["after"]["right"])]
             rows[-1] |= {"change": sum(changes) / len(changes), "change_error": error(changes)}
+            shares, variances = zip(*pair["before"]["by_choice"])
+            rows[-1]["chosen"] = float(np.interp(shares[0] + rows[-1]["change"], shares, variances))
     for row in rows:
-        del row["right"]
+        del row["right"], row["by_choice"]
     results = {"command": f"python benchmarks/grpo_quality.py {' '.join(sys.argv[1:])}".strip(), "machine": machine(), "prompts": args.prompts, "rows": rows}
     write_atomically(out / "results.json", json.dumps(results, indent=1) + "\n")
     print(f"\n{table(rows)}-> {out}/results.json")

@@ -36,6 +36,16 @@ def test_changes_are_paired():
     assert grpo_quality.error([0, 1, 0, 1]) == pytest.approx(0.288675, rel=1e-4)
 
 
+def test_choosing_among_the_pictures_gives_the_variance_of_the_mixture():
+    """Right pictures around +1, wrong ones around -1, both with variance 1/4: a share p of right ones has variance 1/4 + 4 p (1 - p)."""
+    torch.manual_seed(0)
+    right = torch.rand(64, 400) < 0.5
+    features = torch.where(right, 1.0, -1.0)[..., None] + 0.5 * torch.randn(64, 400, 1)
+    for odds in (1.0, 3.0, 1e3):
+        share, variance = grpo_quality.by_choice(features, right, odds)
+        assert share == pytest.approx(odds / (odds + 1), abs=0.01) and variance == pytest.approx(0.25 + 4 * share * (1 - share), rel=0.02)
+
+
 def test_the_curve_of_a_run_is_its_looks_and_the_start(tmp_path):
     looks = [{"eval/jpeg_compressibility": -4.0, "eval/portraits": 0.9, "eval/pickscore": 21.0, "diversity/pictures": 0.02}, {"eval/jpeg_compressibility": -2.0, "eval/portraits": 0.6, "eval/pickscore": 20.0, "diversity/pictures": 0.004}]
     rows = [{"images": images, "kl": 0.1 * i, "alarms": i // 2, **looks[i // 2]} for i, images in enumerate((64, 128, 192, 256))]

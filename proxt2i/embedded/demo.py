@@ -27,8 +27,9 @@ PROMPTS = [
     "a happy dark skinned gentleman with curly gray hair and a beanie on a pink background",
     "a fair woman with long brown hair and a brimmed hat on a white background",
 ]
-# how configs/grpo_portraits.yaml draws its rollouts, and so how the two models are compared (each with its own memory: the tuned one has none)
-LIKE_ROLLOUTS = ["--steps", "4", "--guidance", "1.5", "--guidance-below", "0.35"]
+# How the two models are compared: in as many steps as configs/grpo_portraits.yaml trains, the tuned one as it was trained, without guidance (its
+# model's default), the other at a guidance that suits it.
+FOUR_STEPS, GUIDED = ["--steps", "4"], ["--guidance", "1.5", "--guidance-below", "0.35"]
 
 
 def ranks() -> list[str]:
@@ -55,12 +56,12 @@ def call(title: str, command: list[str]) -> None:
         sys.exit(process.returncode)
 
 
-def sample(model: Path, out: Path, title: str) -> None:
-    call(title, [sys.executable, "-m", "proxt2i.sample", *PROMPTS, "--model", str(model), *LIKE_ROLLOUTS, "--num-images", "6", "--out", str(out)])
+def sample(model: Path, how: list[str], out: Path, title: str) -> None:
+    call(title, [sys.executable, "-m", "proxt2i.sample", *PROMPTS, "--model", str(model), *FOUR_STEPS, *how, "--num-images", "6", "--out", str(out)])
 
 
-def evaluate(model: Path, out: Path, title: str) -> None:
-    call(title, [sys.executable, "-m", "proxt2i.evaluate", "--model", str(model), *LIKE_ROLLOUTS, "--num-prompts", "512", "--out", str(out)])
+def evaluate(model: Path, how: list[str], out: Path, title: str) -> None:
+    call(title, [sys.executable, "-m", "proxt2i.evaluate", "--model", str(model), *FOUR_STEPS, *how, "--num-prompts", "512", "--out", str(out)])
 
 
 def tune(run_dir: Path, tuned: Path) -> None:
@@ -97,9 +98,9 @@ def main() -> None:
     call("evaluation by the judge", [sys.executable, "-m", "proxt2i.evaluate", "--model", str(model), "--steps", "4,8", "--num-prompts", "512",
                                     "--out", str(run_dir / "evaluation")])
     if args.grpo:
-        for title, folder in (("before", run_dir), ("after", tuned)):
-            sample(folder / "model", folder / "pictures-grpo", f"samples {title} GRPO")
-            evaluate(folder / "model", folder / "evaluation-grpo", f"evaluation by the judge, {title} GRPO")
+        for title, folder, how in (("before", run_dir, GUIDED), ("after", tuned, [])):
+            sample(folder / "model", how, folder / "pictures-grpo", f"samples {title} GRPO")
+            evaluate(folder / "model", how, folder / "evaluation-grpo", f"evaluation by the judge, {title} GRPO")
         call("report on GRPO", [sys.executable, "-m", "proxt2i.report", str(tuned)])
     call("report", [sys.executable, "-m", "proxt2i.report", str(run_dir)])
     print(f"\nDone in {(time.time() - start) / 60:.1f} min. Look at\n  {ROOT / run_dir / 'pictures' / 'grid.png'}   what the prompts above became\n"
