@@ -17,6 +17,9 @@ constexpr int attention_warps = 4, attention_threads = 32 * attention_warps;
 constexpr int block_rows = 16 * attention_warps;  // of the output of one thread block
 constexpr float log2_e = 1.4426950408889634f;
 
+// Queries in whole 16-byte units of floats.
+__host__ __device__ constexpr int padded_queries(int queries) { return (queries + 3) / 4 * 4; }
+
 template <typename T>
 struct AttentionArgs {
   const T* qkv;
@@ -25,7 +28,7 @@ struct AttentionArgs {
   T* out;                      // [B, M, H, D]
   float* lse;                  // [B, H, M]
   const T* grad_out;           // backward only, as are the following
-  float* delta;                // [B, H, M]: sum of grad_out * out
+  float* terms;                // [B, H, 2, padded_queries(M)]: of each query log2(e) lse, and delta, the sum of grad_out * out
   T* grad_qkv;
   float *grad_q_weight, *grad_k_weight;  // [blocks, warps, D]: the sum over a warp's 16 rows
   int batch, tokens, heads, queries;
@@ -36,7 +39,7 @@ struct AttentionArgs {
 template <typename T, int D>
 struct AttentionHead {
   const T *q, *k, *v;
-  int64_t pitch, out_pitch, out_offset, lse_offset, q_offset, k_offset, v_offset;
+  int64_t pitch, out_pitch, out_offset, lse_offset, lse_terms, delta_terms, q_offset, k_offset, v_offset;
   int keys;
 
   __device__ explicit AttentionHead(const AttentionArgs<T>& args) {
@@ -49,6 +52,8 @@ struct AttentionHead {
     q_offset = k_offset - width + (args.tokens - args.queries) * pitch;
     out_offset = image * args.queries * width + head * D;
     lse_offset = (image * args.heads + head) * args.queries;
+    lse_terms = (image * args.heads + head) * 2 * padded_queries(args.queries);
+    delta_terms = lse_terms + padded_queries(args.queries);
     q = args.qkv + q_offset;
     k = args.qkv + k_offset;
     v = args.qkv + v_offset;

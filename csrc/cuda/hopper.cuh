@@ -50,6 +50,17 @@ __device__ __forceinline__ void products_wait(float (&c)[N][4]) {
   }
 }
 
+// The same, and a, read by products that then are over, stays in its registers until here.
+template <int pending, int N, int K>
+__device__ __forceinline__ void products_wait(float (&c)[N][4], uint32_t (&a)[K][4]) {
+  products_wait<pending>(c);
+#pragma unroll
+  for (int k = 0; k < K; ++k) {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) asm volatile("" : "+r"(a[k][i])::"memory");
+  }
+}
+
 // 2^x with a relative error of 2^-22; 0 for x = -infinity.
 __device__ __forceinline__ float exp2_fast(float x) {
   float y;

@@ -73,6 +73,8 @@ inline void products_begin() {}
 inline void products_commit() {}
 template <int pending, int N>
 void products_wait(float (&)[N][4]) {}
+template <int pending, int N, int K>
+void products_wait(float (&)[N][4], uint32_t (&)[K][4]) {}
 inline float exp2_fast(float x) { return std::exp2(x); }
 
 template <typename T, int N>
