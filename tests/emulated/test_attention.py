@@ -44,6 +44,37 @@ def ours(qkv, grad, lengths, weights=(None, None)):
     return out, grad_qkv, *(partial.sum(0) for partial in of_weights if weights[0] is not None), lse
 
 
+def assert_close_as_plain(mine, plain, true, dtype):
+    """At most twice the error of plain torch."""
+    error, allowed = (mine - true).abs(), (plain - true).abs()
+    # plain torch is exact where there is one key or one row: never ask for less than a rounding of the largest
+    floor = torch.finfo(dtype).eps * max(float(true.abs().max()), 1e-2)
+    assert error.max() <= max(2 * allowed.max(), floor) and error.mean() <= max(2 * allowed.mean(), floor / 10)
+
+
+def assert_lse_and_zeros(qkv, grad, lengths, out, grad_qkv, lse):
+    q, k = qkv.double()[:, -grad.shape[1] :, 0], qkv.double()[:, :, 1]
+    scores = torch.einsum("bqhd,bkhd->bhqk", q, k) / math.sqrt(qkv.shape[-1])
+    for image, length in enumerate(lengths if lengths is not None else [qkv.shape[1]] * len(qkv)):
+        torch.testing.assert_close(lse[image].double(), scores[image, :, :, :length].logsumexp(-1), rtol=1e-5, atol=1e-5)
+        assert not grad_qkv[image, length:, 1:].any()  # keys and values that nobody attends to
+        assert length > 0 or not out[image].any()
+    assert not grad_qkv[:, : qkv.shape[1] - grad.shape[1], 0].any()  # tokens that do not ask
+
+
+def assert_large_scores_are_right(tokens, lengths=None):
+    qkv, grad, lengths = make(tokens, 1, 64, tokens, lengths, torch.float16, spread=20.0)  # scores of hundreds: one key takes all
+    for mine, true in zip(ours(qkv, grad, lengths)[:2], exact(qkv, grad, lengths, torch.float64)):
+        assert torch.isfinite(mine).all() and (mine - true).abs().max() < 0.02 * true.abs().max()
+
+
+def assert_independent_images(qkv, grad, lengths, weights):
+    together = ours(qkv, grad, lengths, weights)
+    for one in (slice(0, 1), slice(1, 2)):
+        alone = ours(qkv[one].clone(), grad[one].clone(), lengths[one].clone(), weights)
+        assert all(torch.equal(alone[i], together[i][one]) for i in (0, 1, -1))
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("case", CASES, ids=str)
 @pytest.mark.parametrize("normalised", [False, True], ids=["plain", "qk-norm"])
@@ -56,52 +87,48 @@ def test_error_at_most_twice_that_of_plain_torch(case, dtype, normalised, order)
     plain, truth = exact(qkv, grad, lengths, dtype, weights), exact(qkv, grad, lengths, torch.float64, weights)
     for i, (ours_, plain_, true) in enumerate(zip(mine, plain, truth, strict=True)):
         assert ours_.dtype == (dtype if i < 2 else torch.float32) and ours_.shape == true.shape
-        error, allowed = (ours_ - true).abs(), (plain_ - true).abs()
-        # plain torch is exact where there is one key or one row: never ask for less than a rounding of the largest
-        floor = torch.finfo(dtype).eps * max(float(true.abs().max()), 1e-2)
-        assert error.max() <= max(2 * allowed.max(), floor) and error.mean() <= max(2 * allowed.mean(), floor / 10)
+        assert_close_as_plain(ours_, plain_, true, dtype)
+
+
+# With several tiles in both directions for warp groups of 64 rows: more queries than keys, fewer, and as many.
+HOPPER_CASES = [*CASES, (200, 1, 72, 200, [200, 97]), (270, 1, 64, 130, [270, 129]), (210, 1, 128, 210, [64, 210])]
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("case", [*CASES, (200, 1, 72, 200, [200, 97])], ids=str)
-def test_forward_of_devices_with_wgmma(case, dtype, hopper):
+@pytest.mark.parametrize("case", HOPPER_CASES, ids=str)
+def test_devices_with_wgmma(case, dtype, hopper):
     qkv, grad, lengths = make(*case, dtype, spread=2.0)
-    out, lse = CUDA.attention_forward(qkv, lengths, None, None, grad.shape[1], qkv.shape[-1] ** -0.5, 1e-6)
-    truth = exact(qkv, grad, lengths, torch.float64)[0]
-    error, plain = (out - truth).abs(), (exact(qkv, grad, lengths, dtype)[0] - truth).abs()
-    floor = torch.finfo(dtype).eps * max(float(truth.abs().max()), 1e-2)
-    assert error.max() <= max(2 * plain.max(), floor) and error.mean() <= max(2 * plain.mean(), floor / 10)
-    scores = torch.einsum("bqhd,bkhd->bhqk", qkv.double()[:, -grad.shape[1] :, 0], qkv.double()[:, :, 1]) / math.sqrt(qkv.shape[-1])
-    for image, length in enumerate(lengths if lengths is not None else [qkv.shape[1]] * len(qkv)):
-        torch.testing.assert_close(lse[image].double(), scores[image, :, :, :length].logsumexp(-1), rtol=1e-5, atol=1e-5)
+    *mine, lse = ours(qkv, grad, lengths)
+    plain, truth = exact(qkv, grad, lengths, dtype), exact(qkv, grad, lengths, torch.float64)
+    for ours_, plain_, true in zip(mine, plain, truth, strict=True):
+        assert ours_.dtype == dtype and ours_.shape == true.shape
+        assert_close_as_plain(ours_, plain_, true, dtype)
+    assert_lse_and_zeros(qkv, grad, lengths, mine[0], mine[1], lse)
+
+
+@pytest.mark.parametrize("case", [(70, 2, 72, 70, [70, 40, 70]), (170, 1, 128, 100, [3, 170])], ids=str)
+def test_an_image_does_not_depend_on_its_batch_with_wgmma(case, hopper):
+    assert_independent_images(*make(*case, torch.bfloat16), (None, None))
+
+
+def test_large_scores_do_not_overflow_with_wgmma(hopper):
+    assert_large_scores_are_right(70)
+    assert_large_scores_are_right(150, [150, 1])
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_lse_and_tokens_that_do_not_take_part(case):
     qkv, grad, lengths = make(*case, torch.bfloat16)
-    out, grad_qkv, lse = ours(qkv, grad, lengths)
-    q, k = qkv.double()[:, -grad.shape[1] :, 0], qkv.double()[:, :, 1]
-    scores = torch.einsum("bqhd,bkhd->bhqk", q, k) / math.sqrt(qkv.shape[-1])
-    for image, length in enumerate(lengths if lengths is not None else [qkv.shape[1]] * len(qkv)):
-        torch.testing.assert_close(lse[image].double(), scores[image, :, :, :length].logsumexp(-1), rtol=1e-5, atol=1e-5)
-        assert not grad_qkv[image, length:, 1:].any()  # keys and values that nobody attends to
-        assert length > 0 or not out[image].any()
-    assert not grad_qkv[:, : qkv.shape[1] - grad.shape[1], 0].any()  # tokens that do not ask
+    assert_lse_and_zeros(qkv, grad, lengths, *ours(qkv, grad, lengths))
 
 
 def test_large_scores_do_not_overflow():
-    qkv, grad, lengths = make(70, 1, 64, 70, None, torch.float16, spread=20.0)  # scores of hundreds: one key takes all
-    for mine, true in zip(ours(qkv, grad, lengths)[:2], exact(qkv, grad, lengths, torch.float64)):
-        assert torch.isfinite(mine).all() and (mine - true).abs().max() < 0.02 * true.abs().max()
+    assert_large_scores_are_right(70)
 
 
 @pytest.mark.parametrize("weights", [(None, None), norm_weights(72)], ids=["plain", "qk-norm"])
 def test_an_image_does_not_depend_on_its_batch(weights):
-    qkv, grad, lengths = make(70, 2, 72, 70, [70, 40, 70], torch.bfloat16)
-    together = ours(qkv, grad, lengths, weights)
-    for one in (slice(0, 1), slice(1, 2)):
-        alone = ours(qkv[one].clone(), grad[one].clone(), lengths[one].clone(), weights)
-        assert all(torch.equal(alone[i], together[i][one]) for i in (0, 1, -1))
+    assert_independent_images(*make(70, 2, 72, 70, [70, 40, 70], torch.bfloat16), weights)
 
 
 def test_wrong_inputs_are_refused():
