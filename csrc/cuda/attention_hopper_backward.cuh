@@ -55,7 +55,23 @@ __device__ __forceinline__ void make_terms(const AttentionArgs<T>& args, const A
   }
 }
 
-// overlapped: the last product of a tile is still under way when the first ones of the next tile are begun.
+// weigh(tile, behind) all tiles and finish(tile) them; where overlapped, a tile is still to be finished when the next one is begun.
+template <bool overlapped, typename Weigh, typename Finish>
+__device__ __forceinline__ void for_tiles(int tiles, const Weigh& weigh, const Finish& finish) {
+  if constexpr (overlapped) {
+    if (tiles == 0) return;
+    weigh(0, std::false_type());
+    for (int tile = 1; tile < tiles; ++tile) weigh(tile, std::true_type());
+    finish(tiles - 1);
+  } else {
+    for (int tile = 0; tile < tiles; ++tile) {
+      weigh(tile, std::false_type());
+      finish(tile);
+    }
+  }
+}
+
+// overlapped: a tile's last product is begun after the next tile's first one, and runs beside its exponentials.
 template <typename T, int D, int groups, int tile_keys, int blocks, bool overlapped>
 __global__ void __launch_bounds__(128 * groups, blocks) attention_hopper_dq_kernel(const AttentionArgs<T> args) {
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL) || defined(PROXT2I_EMULATE)
@@ -91,32 +107,37 @@ __global__ void __launch_bounds__(128 * groups, blocks) attention_hopper_dq_kern
   float s[tile_keys / 8][4] = {}, dp[tile_keys / 8][4] = {}, dq[D / 8][4] = {};
   Weights16<tile_keys> ds{};
   const float scale = args.scale * log2_e;
-  for (int tile = 0; tile < num_tiles; ++tile) {
-    const int k_at = tile % Tiles::places * 2 * Tiles::passing, v_at = tile % 2 * 2 * Tiles::passing;
+  const auto add = [&](int tile) {
+    begin_sums<T, D, tile_keys>(dq, ds, matrix_after(k_summed, tile % Tiles::places * 2 * Tiles::passing));
+  };
+  const auto weigh = [&](int tile, auto behind) {  // behind: the tile before is still to be added
     wait_for_tiles();
     products_begin();
-    begin_dots<T, D, Tiles::rows, tile_keys>(s, q, matrix_after(k, k_at));
-    begin_dots<T, D, Tiles::rows, tile_keys>(dp, grad, matrix_after(v, v_at));
+    begin_dots<T, D, Tiles::rows, tile_keys>(s, q, matrix_after(k, tile % Tiles::places * 2 * Tiles::passing));
+    if constexpr (behind) add(tile - 1);
+    begin_dots<T, D, Tiles::rows, tile_keys>(dp, grad, matrix_after(v, tile % 2 * 2 * Tiles::passing));
     load(tile + 1);
-    products_wait<1>(s, ds.k16);  // of the tile before too
+    products_wait<behind ? 2 : 1>(s);
     mask_keys(s, head.keys - tile * tile_keys);
 #pragma unroll
     for (int n = 0; n < tile_keys / 8; ++n) {
 #pragma unroll
       for (int i = 0; i < 4; ++i) s[n][i] = exp2_fast(fma(s[n][i], scale, -lse[i / 2]));
     }
-    products_wait<0>(dp);
+    products_wait<0>(dp, ds.k16);
 #pragma unroll
     for (int n = 0; n < tile_keys / 8; ++n) {
 #pragma unroll
       for (int i = 0; i < 4; ++i) s[n][i] *= dp[n][i] - delta[i / 2];
     }
     ds = round_to<T, tile_keys>(s);
+  };
+  const auto finish = [&](int tile) {
     products_begin();
-    begin_sums<T, D, tile_keys>(dq, ds, matrix_after(k_summed, k_at));
-    if (!overlapped) products_wait<0>(dq, ds.k16);
-  }
-  products_wait<0>(dq, ds.k16);
+    add(tile);
+    products_wait<0>(dq, ds.k16);
+  };
+  for_tiles<overlapped>(num_tiles, weigh, finish);
   cp_async_wait<0>();  // with no keys at all, q is still on its way
   __syncthreads();     // nobody reads q any more: dq takes its place on the way to memory
 
@@ -172,16 +193,20 @@ __global__ void __launch_bounds__(128 * groups, blocks) attention_hopper_dkv_ker
   float dk[D / 8][4] = {}, dv[D / 8][4] = {};
   Weights16<tile_queries> ds{};
   const float scale = args.scale * log2_e;
-  for (int tile = 0; tile < num_tiles; ++tile) {
-    const int q_at = tile % Tiles::places * 2 * Tiles::passing, grad_at = tile % 2 * 2 * Tiles::passing;
+  const auto add = [&](int tile) {
+    begin_sums<T, D, tile_queries>(dk, ds, matrix_after(q_summed, tile % Tiles::places * 2 * Tiles::passing));
+  };
+  const auto weigh = [&](int tile, auto behind) {
+    const int grad_at = tile % 2 * 2 * Tiles::passing;
     const float* const lse = terms + tile % 2 * 2 * tile_queries + 2 * (lane % 4);
     const float* const delta = lse + tile_queries;
     wait_for_tiles();
     products_begin();
-    begin_dots<T, D, Tiles::rows, tile_queries>(p, k, matrix_after(q, q_at));
+    begin_dots<T, D, Tiles::rows, tile_queries>(p, k, matrix_after(q, tile % Tiles::places * 2 * Tiles::passing));
+    if constexpr (behind) add(tile - 1);
     begin_dots<T, D, Tiles::rows, tile_queries>(dp, v, matrix_after(grad, grad_at));
     load(tile + 1);
-    products_wait<1>(p, ds.k16);  // of the tile before too
+    products_wait<behind ? 2 : 1>(p);
 #pragma unroll
     for (int n = 0; n < tile_queries / 8; ++n) {
       const auto pair = *reinterpret_cast<const FloatPair*>(lse + 8 * n);  // past the last query 0, as are the rows of q and grad_out
@@ -191,20 +216,22 @@ __global__ void __launch_bounds__(128 * groups, blocks) attention_hopper_dkv_ker
     auto weights = round_to<T, tile_queries>(p);
     products_begin();
     begin_sums<T, D, tile_queries>(dv, weights, matrix_after(grad_summed, grad_at));
-    products_wait<1>(dp);
+    products_wait<1>(dp, ds.k16);
 #pragma unroll
     for (int n = 0; n < tile_queries / 8; ++n) {
       const auto pair = *reinterpret_cast<const FloatPair*>(delta + 8 * n);
 #pragma unroll
       for (int i = 0; i < 4; ++i) p[n][i] *= dp[n][i] - pair.of[i % 2];
     }
+    products_wait<0>(dv, weights.k16);
     ds = round_to<T, tile_queries>(p);
+  };
+  const auto finish = [&](int tile) {
     products_begin();
-    begin_sums<T, D, tile_queries>(dk, ds, matrix_after(q_summed, q_at));
-    products_wait<1>(dv, weights.k16);
-    if (!overlapped) products_wait<0>(dk, ds.k16);
-  }
-  products_wait<0>(dk, ds.k16);
+    add(tile);
+    products_wait<0>(dk, ds.k16);
+  };
+  for_tiles<overlapped>(num_tiles, weigh, finish);
   cp_async_wait<0>();
   __syncthreads();  // nobody reads k and v any more: dk and dv take their places on the way to memory
 
