@@ -249,28 +249,29 @@ __global__ void __launch_bounds__(128 * groups, blocks) attention_hopper_dkv_ker
 #endif
 }
 
-template <int groups_, int tile_, int blocks_, bool overlapped_>
-struct BackwardChoice {
-  static constexpr int groups = groups_, tile = tile_, blocks = blocks_;
-  static constexpr bool overlapped = overlapped_;
-};
+template <typename T, int D, int groups, int tile_keys, int blocks, bool overlapped>
+void launch_hopper_dq(const AttentionArgs<T>& args, cudaStream_t stream) {
+  using Tiles = BackwardTiles<D, groups, tile_keys, overlapped>;
+  const dim3 grid((args.queries + Tiles::rows - 1) / Tiles::rows, args.heads, args.batch);
+  launch(attention_hopper_dq_kernel<T, D, groups, tile_keys, blocks, overlapped>, grid, Tiles::threads, Tiles::dq_bytes, stream, args);
+}
 
-template <typename T, int D, typename Dq, typename Dkv>
-void launch_hopper_backward(const AttentionArgs<T>& args, cudaStream_t stream) {
-  using DqTiles = BackwardTiles<D, Dq::groups, Dq::tile, Dq::overlapped>;
-  using DkvTiles = BackwardTiles<D, Dkv::groups, Dkv::tile, Dkv::overlapped>;
-  const auto grid = [&](int rows, int per_block) { return dim3((rows + per_block - 1) / per_block, args.heads, args.batch); };
-  launch(attention_hopper_dq_kernel<T, D, Dq::groups, Dq::tile, Dq::blocks, Dq::overlapped>, grid(args.queries, DqTiles::rows),
-         DqTiles::threads, DqTiles::dq_bytes, stream, args);
-  launch(attention_hopper_dkv_kernel<T, D, Dkv::groups, Dkv::tile, Dkv::blocks, Dkv::overlapped>, grid(args.tokens, DkvTiles::rows),
-         DkvTiles::threads, DkvTiles::dkv_bytes, stream, args);
+template <typename T, int D, int groups, int tile_queries, int blocks, bool overlapped>
+void launch_hopper_dkv(const AttentionArgs<T>& args, cudaStream_t stream) {
+  using Tiles = BackwardTiles<D, groups, tile_queries, overlapped>;
+  const dim3 grid((args.tokens + Tiles::rows - 1) / Tiles::rows, args.heads, args.batch);
+  launch(attention_hopper_dkv_kernel<T, D, groups, tile_queries, blocks, overlapped>, grid, Tiles::threads, Tiles::dkv_bytes, stream, args);
 }
 
 template <typename T, int D>
 void launch_hopper_backward(const AttentionArgs<T>& args, cudaStream_t stream) {
-  using Dq = std::conditional_t<(D > 96), BackwardChoice<2, 80, 1, true>, BackwardChoice<2, 64, 2, true>>;
-  using Dkv = std::conditional_t<(D > 96), BackwardChoice<2, 64, 1, true>, BackwardChoice<2, 80, 1, true>>;
-  launch_hopper_backward<T, D, Dq, Dkv>(args, stream);
+  if constexpr (D > 96) {
+    launch_hopper_dq<T, D, 2, 80, 1, true>(args, stream);
+    launch_hopper_dkv<T, D, 1, 64, 2, false>(args, stream);
+  } else {
+    launch_hopper_dq<T, D, 2, 64, 2, false>(args, stream);
+    launch_hopper_dkv<T, D, 1, 80, 2, true>(args, stream);
+  }
 }
 
 }  // namespace proxt2i

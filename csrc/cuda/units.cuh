@@ -31,11 +31,8 @@ __device__ __forceinline__ void load_units(T* tile, const T* source, int64_t pit
 // Zeros in the unit that fills up the depth, if there is one.
 template <int D, int rows, int threads, typename T>
 __device__ __forceinline__ void clear_padding(T* tile) {
-  if constexpr (D % 16 != 0) {
-    for (int row = static_cast<int>(threadIdx.x); row < rows; row += threads) {
-      *reinterpret_cast<uint4*>(tile + D / 8 * unit_size<rows> + 8 * row) = {0, 0, 0, 0};
-    }
-  }
+  static_assert(rows <= threads);
+  if (D % 16 != 0 && threadIdx.x < rows) *reinterpret_cast<uint4*>(tile + D / 8 * unit_size<rows> + 8 * threadIdx.x) = {0, 0, 0, 0};
 }
 
 // A tile's strides as a matrix: of rows that are multiplied with one another, and of rows that are summed.
