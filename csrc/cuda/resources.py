@@ -1,10 +1,12 @@
 """`resources.py COMMAND...` runs a build that has `ptxas -v` and prints one line per kernel and architecture; fails on spills
-and where ptxas says that it takes the products of warp groups one after another (C7510 and the like)."""
+and where ptxas lets wgmma instructions wait for one another (C7510 and the like), which it calls information."""
 
 import re
 import shutil
 import subprocess
 import sys
+
+SERIALISED = "wgmma.mma_async instructions are serialized"
 
 
 def kernels(lines):
@@ -19,9 +21,7 @@ def kernels(lines):
         elif used := re.search(r"Used (\d+) registers", line):
             shared = re.search(r"(\d+) bytes smem", line)
             rows[-1][2:4] = int(used[1]), int(shared[1]) if shared else 0
-        elif re.search(r"\(C75\d\d\).* wgmma|\(C7519\)", line):
-            other.append(line)
-        elif not re.search(r"^ptxas info +: (Function properties|Compile time|\d+ bytes gmem|\(C)", line):
+        elif SERIALISED in line or not re.search(r"^ptxas info +: (Function properties|Compile time|\d+ bytes gmem|\(C)", line):
             other.append(line)
     return rows, other
 
@@ -46,8 +46,8 @@ def main():
         print("{:{width}}  {:6}  {:9}  {:6}  {:5}  {:7}".format(name, *row[1:], width=width))
     if any(row[5] for row in rows):
         sys.exit("cuda-check: kernels spill registers")
-    if any("(C75" in line for line in other):
-        sys.exit("cuda-check: wgmma instructions are serialised")
+    if any(SERIALISED in line for line in other):
+        sys.exit("cuda-check: wgmma instructions wait for one another")
     if not rows:
         sys.exit("cuda-check: no kernel was compiled")
 
