@@ -138,7 +138,8 @@ struct Variant {
     const Time t = time_of([&] { run(p.args, nullptr); });
     const double products = parts == 1 ? 3 : parts == 2 ? 4 : 5;  // five are enough for all
     const double flop = 2 * products * shape.batch * shape.heads * shape.tokens * shape.tokens * D;
-    printf("  time B %d N %d D %d: mean %.4f ms (best %.4f), %.0f TFLOP/s\n", shape.batch, shape.tokens, D, t.mean, t.best, flop / t.mean * 1e-9);
+    printf("  time B %d N %d D %d: mean %.4f ms (best %.4f), %.0f TFLOP/s\n", shape.batch, shape.tokens, D, t.mean, t.best,
+           flop / t.mean * 1e-9);
   }
   void measure(const char* name) const {
     printf("%s\n", name);

@@ -20,7 +20,8 @@ std::tuple<Tensor, Tensor, Tensor> attention_backward(const Tensor& grad_out, co
   Tensor grad_qkv = torch::stable::new_empty(qkv, qkv.sizes());
   if (out.size(1) < qkv.size(1)) torch::stable::zero_(grad_qkv);  // tokens that do not ask
   const auto weight_grads = [&](int64_t rows) {
-    const int64_t shape[] = {q_weight.has_value() ? qkv.size(0) * qkv.size(3) * ((rows + block_rows - 1) / block_rows) * attention_warps : 0, qkv.size(4)};
+    const int64_t blocks = qkv.size(0) * qkv.size(3) * ((rows + block_rows - 1) / block_rows);
+    const int64_t shape[] = {q_weight.has_value() ? blocks * attention_warps : 0, qkv.size(4)};
     return torch::stable::new_empty(lse, {shape, 2});
   };
   Tensor grad_q_weight = weight_grads(out.size(1)), grad_k_weight = weight_grads(out.size(1) > 0 ? qkv.size(1) : 0);

@@ -243,9 +243,10 @@ __global__ void __launch_bounds__(128 * groups, blocks) attention_hopper_dkv_ker
     }
   }
   const float factor[2] = {args.scale, args.scale}, one[2] = {1, 1};
+  const int64_t at = first_row * head.pitch;
   const int left = args.tokens - first_row;
-  store_units16<D, Tiles::rows>(dk, factor, k_tile + warp * 16 * 8, args.grad_qkv + head.k_offset + first_row * head.pitch, head.pitch, left);
-  store_units16<D, Tiles::rows>(dv, one, v_tile + warp * 16 * 8, args.grad_qkv + head.v_offset + first_row * head.pitch, head.pitch, left);
+  store_units16<D, Tiles::rows>(dk, factor, k_tile + warp * 16 * 8, args.grad_qkv + head.k_offset + at, head.pitch, left);
+  store_units16<D, Tiles::rows>(dv, one, v_tile + warp * 16 * 8, args.grad_qkv + head.v_offset + at, head.pitch, left);
 #endif
 }
 
