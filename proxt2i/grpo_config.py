@@ -55,6 +55,7 @@ class PolicyConfig:
     lora_rank: int = 0  # train adapters of this rank beside the blocks' linear layers (LoRA) and nothing else; 0: all weights
     lora_alpha: Optional[float] = None  # the adapters' product counts lora_alpha / lora_rank times; null: once
     reward_gradient: float = 0.0  # weight of the rewards' own gradient through the last call, which has no density (docs/grpo.md); 0: none
+    variety: float = 0.0  # weight of the spread of a prompt's pictures, averaged to 8 x 8, through the same call; 0: none
     data_weight: float = 0.0  # weight of proximal matching on the data section's images, which holds the last call too; 0: no data needed
 
 
@@ -132,6 +133,11 @@ def load_config(files: str | Path | list[str | Path] = (), overrides: list[str] 
     return config
 
 
+def trains_last_call(config: GrpoConfig) -> bool:
+    """Whether the last call of the network, which has no density, is trained on the pictures that it makes."""
+    return bool(config.policy.reward_gradient or config.policy.variety)
+
+
 def images_per_update(config: GrpoConfig) -> int:
     return config.rollout.group_size * config.rollout.groups_per_update
 
@@ -148,7 +154,7 @@ def validate(config: GrpoConfig, world_size: int = 1) -> None:
         positive=("prompts.num", "rollout.groups_per_update", "rollout.updates", "rollout.batch", "policy.clip", "policy.advantage_clip",
                   "policy.inner_epochs", "optim.lr", "optim.muon_lr", "optim.eps", "optim.ema_half_life", "train.images", "train.max_bad_steps",
                   "train.log_every", "train.checkpoint_every", "train.keep_checkpoints", "sample.per_prompt", "guard.prompts", "guard.kl_factor"),
-        not_negative=("rollout.guidance", "policy.kl", "policy.window", "policy.lora_rank", "policy.reward_gradient", "policy.data_weight",
+        not_negative=("rollout.guidance", "policy.kl", "policy.window", "policy.lora_rank", "policy.reward_gradient", "policy.variety", "policy.data_weight",
                       "optim.weight_decay", "optim.spike", "optim.warmup_images", "optim.grad_clip", "optim.ema_ramp", "train.threads", "sample.every", "guard.every"),
         fractions=("rollout.guidance_below", "optim.final_lr", "guard.min_diversity"))
     check_choices(config, {"guard.alarm": ALARMS, "rollout.store": STORES, "optim.name": OPTIMIZERS, "train.precision": PRECISIONS, "optim.schedule": LR_SCHEDULES})

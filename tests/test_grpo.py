@@ -11,7 +11,7 @@ from proxt2i.data.prompts import load_prompts
 from proxt2i.grpo_config import load_config
 from proxt2i.models.bundle import load_settings, load_uvit
 from proxt2i.rewards import RewardSettings
-from proxt2i.training.advantage import advantages, surrogate
+from proxt2i.training.advantage import Spread, advantages, coarse, group_spread, surrogate
 from proxt2i.training.guard import Evaluation, Guard, attribute_entropy
 from runs import ROOT, BareRanks, assert_same_checkpoint, become_rank, overrides, resumed_at, rows, wait_for
 from tiny_run import weights
@@ -54,6 +54,25 @@ def test_the_surrogate_is_the_policy_gradient_inside_the_trust_region_and_flat_o
     gradient, = torch.autograd.grad(value.sum(), log_ratio)
     expected = advantage * (log_ratio / elements).exp()
     torch.testing.assert_close(gradient, torch.where(outside, 0.0, expected).detach())
+
+
+def test_held_apart_is_the_gradient_of_the_log_of_a_groups_spread():
+    looks = torch.randn(12, 192, dtype=torch.float64, generator=torch.Generator().manual_seed(0)).requires_grad_()
+    variance = looks.reshape(3, 4, -1).var(1, correction=0).sum(1)
+    expected, = torch.autograd.grad(4 / 2 * variance.log().sum(), looks)
+    spread = group_spread(looks.detach(), 4)
+    gradient, = torch.autograd.grad(spread.apart(looks).sum(), looks)
+    torch.testing.assert_close(gradient, expected)
+    torch.testing.assert_close(spread.apart(looks).reshape(3, 4).sum(1), torch.full((3,), 2.0, dtype=torch.float64))
+    part = spread.of(slice(5, 7), torch.device("cpu"))  # an image needs nothing of the others
+    torch.testing.assert_close(part.apart(looks[5:7]), spread.apart(looks)[5:7])
+
+
+def test_a_group_of_the_same_picture_stays_where_it_is():
+    same = torch.full((4, 192), 0.3).requires_grad_()
+    gradient, = torch.autograd.grad(group_spread(same.detach(), 4).apart(same).sum(), same)
+    assert not gradient.any()
+    assert isinstance(group_spread(coarse(torch.rand(4, 3, 20, 30)), 2), Spread)  # any size of picture
 
 
 # -- the trainer ------------------------------------------------------------------------------------------------------
@@ -104,7 +123,7 @@ def data(shards, components):
 def test_the_micro_batch_changes_the_update_by_rounding_alone(grpo, ranks, tmp_path, data, micro_batch, data_weight):
     ends = []
     for size in (8, micro_batch):
-        trainer = make(grpo, ranks, **data, policy__data_weight=data_weight, train__micro_batch=size, train__run_dir=tmp_path / str(size), train__images=16,
+        trainer = make(grpo, ranks, **data, policy__data_weight=data_weight, policy__variety=0.5, train__micro_batch=size, train__run_dir=tmp_path / str(size), train__images=16,
                        optim__name="muon", optim__muon_lr=1e-2)
         before = weights_of(trainer)
         trainer.run()
@@ -239,7 +258,7 @@ def test_the_entropy_of_what_prompts_leave_open():
 
 def test_two_ranks_agree_with_one_and_killed_and_resumed_they_are_the_same_to_the_bit(grpo, ranks, tmp_path):
     """Every group lies across both ranks. The real script: unbroken, killed -9 after a checkpoint, resumed."""
-    shape = dict(rollout__group_size=8, rollout__groups_per_update=1, policy__inner_epochs=2, train__images=160, train__keep_checkpoints=9)
+    shape = dict(rollout__group_size=8, rollout__groups_per_update=1, policy__inner_epochs=2, policy__variety=0.3, train__images=160, train__keep_checkpoints=9)
     two = tmp_path / "two"
     run = BareRanks(*overrides(grpo, **shape, train__run_dir=two), program=run_grpo_rank, log=tmp_path / "log")
     assert run.wait() == [0, 0], run.output

@@ -1,4 +1,4 @@
-"""The gradient of differentiable rewards: each against finite differences and against what it scores, and through the last call of a policy."""
+"""The gradient of differentiable rewards, and of variety: each against finite differences and against what it scores, and through the last call of a policy."""
 
 import pytest
 import torch
@@ -108,9 +108,9 @@ def test_the_last_call_is_what_the_rollout_ended_with(plan):
     torch.testing.assert_close(last_call(eps_fn, policy, drawn.states[plan.num_steps - 1]), drawn.x0)
 
 
-def trained_on_gradient_alone(grpo, ranks, portraits_model, **changes):
+def trained_on_gradient_alone(grpo, ranks, portraits_model, reward_gradient=1.0, **changes):
     settings = grpo | {"model.init_from": portraits_model, "prompts.source": "portraits", "prompts.num": 4, "rewards.train": "[{name: pickscore, path: portraits}]"}
-    return make(settings, ranks, guard__every=0, policy__reward_gradient=1.0, policy__advantage_clip=1e-9, policy__kl=0, train__images=96, **changes)
+    return make(settings, ranks, guard__every=0, policy__reward_gradient=reward_gradient, policy__advantage_clip=1e-9, policy__kl=0, train__images=96, **changes)
 
 
 @pytest.fixture(scope="module")
@@ -128,9 +128,10 @@ def portraits_model(tmp_path_factory):
     return folder
 
 
-def test_the_gradient_through_the_last_call_is_a_finite_difference(grpo, ranks, portraits_model):
+@pytest.mark.parametrize("weights", [(1.0, 0.0), (0.0, 1.0), (0.5, 0.5)], ids=["reward", "variety", "both"])
+def test_the_gradient_through_the_last_call_is_a_finite_difference(weights, grpo, ranks, portraits_model):
     """Of the objective in the weights: y_1 held, through network, guidance, VAE and reward."""
-    trainer = trained_on_gradient_alone(grpo, ranks, portraits_model)
+    trainer = trained_on_gradient_alone(grpo, ranks, portraits_model, weights[0], policy__variety=weights[1])
     experience = trainer.roller.draw(trainer.engine.module, 0, trainer._steps(0))
     part, weight = slice(0, 8), trainer.uvit.out.weight
     trainer.engine, engine = trainer.engine.module, trainer.engine  # plain autograd
@@ -158,6 +159,19 @@ def test_it_raises_the_reward(grpo, ranks, portraits_model):
         trainer.learn(draw())
     gains = draw().scores["pickscore"] - before.scores["pickscore"]
     assert gains.mean() > 0.5 and (gains > 0).float().mean() > 0.8
+
+
+def test_variety_draws_a_prompts_pictures_apart(grpo, ranks, portraits_model):
+    """No reward's gradient, and advantages cut to nothing."""
+    trainer = trained_on_gradient_alone(grpo, ranks, portraits_model, 0.0, policy__variety=1.0, optim__eps=1e-8, optim__lr=1e-2)
+
+    def draw():
+        return trainer.roller.draw(trainer.engine.module, 0, trainer._steps(0))
+
+    before = draw()
+    for _ in range(2):
+        trainer.learn(draw())
+    assert (draw().group_spread.variance > 1.2 * before.group_spread.variance).all()
 
 
 def test_rewards_without_a_gradient_are_refused_by_name(grpo, capsys):

@@ -1,10 +1,12 @@
-"""GRPO's arithmetic: advantages within groups, and the clipped surrogate of a transition. No networks, no ranks."""
+"""GRPO's arithmetic: advantages within groups, the clipped surrogate of a transition, and how far a group's pictures are apart. No networks, no ranks."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from proxt2i.rewards import RewardSettings, combine
@@ -48,3 +50,37 @@ def surrogate(log_ratio: Tensor, advantage: Tensor, clip: float, elements: int) 
     value = torch.minimum(s * advantage, s.clamp(-clip, clip) * advantage)
     outside = torch.where(advantage > 0, s > clip, s < -clip) & (advantage != 0)
     return value, outside
+
+
+# -- variety ----------------------------------------------------------------------------------------------------------
+
+COARSE = 8  # pixels a side: where things are and in which colour, not whether a prompt's words are to be seen in them
+
+
+def coarse(pictures: Tensor) -> Tensor:
+    """Pictures [B, 3, H, W], averaged to 8 x 8: float32 [B, 192]."""
+    return F.adaptive_avg_pool2d(pictures.float(), COARSE).flatten(1)
+
+
+@dataclass
+class Spread:
+    """Of the group of each image, as it was drawn: mean [B, F] and variance, the mean of |look - mean|^2, [B]."""
+
+    mean: Tensor
+    variance: Tensor
+
+    def of(self, images, device: torch.device) -> Spread:
+        return Spread(self.mean[images].to(device), self.variance[images].to(device))
+
+    def apart(self, looks: Tensor) -> Tensor:
+        """|look - mean|^2 / (2 variance), [B]. Where the pictures are still as drawn, the gradient of its sum over a group of G is that of
+        G/2 log(variance): to be maximised, so that a group that draws together is held apart, whatever the scale. Each image needs only
+        itself, so it does not matter how groups are cut into micro-batches."""
+        return (looks - self.mean).square().sum(1) / (2 * self.variance)
+
+
+def group_spread(looks: Tensor, group_size: int) -> Spread:
+    """looks: [B, F], those of a group standing together."""
+    groups = looks.reshape(-1, group_size, looks.shape[1])
+    variance = groups.var(1, correction=0).sum(1).clamp_min(1e-12)  # pictures that are all the same stay where they are
+    return Spread(groups.mean(1).repeat_interleave(group_size, 0), variance.repeat_interleave(group_size))

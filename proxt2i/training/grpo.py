@@ -19,7 +19,7 @@ from proxt2i.diffusion import VPSchedule, guidance_scales, guided_output, make_p
 from proxt2i.diffusion.policy import Policy, compare, last_call
 from proxt2i.diffusion.score import SCORE_SAMPLERS
 from proxt2i.embedded import SHIPPED_MODEL
-from proxt2i.grpo_config import GrpoConfig, images_per_update, micro_batch_of
+from proxt2i.grpo_config import GrpoConfig, images_per_update, micro_batch_of, trains_last_call
 from proxt2i.models.bundle import WEIGHTS_FILE, Settings, check_fit, find_components, load_components, load_settings, load_uvit
 from proxt2i.models.files import file_digest
 from proxt2i.models.flops import forward_flops
@@ -27,7 +27,7 @@ from proxt2i.models.text import cut_captions, text_sizes
 from proxt2i.models.uvit import UViT2DModel
 from proxt2i.rewards import score_differentiably
 from proxt2i.training import distributed, engine as engines
-from proxt2i.training.advantage import surrogate
+from proxt2i.training.advantage import coarse, surrogate
 from proxt2i.training.checkpoint import Checkpoint
 from proxt2i.training.distributed import Ranks, StopFlag
 from proxt2i.training.export import export
@@ -84,7 +84,7 @@ class GrpoTrainer(Run):
         self.roller = Roller(config, self.settings, self.policy, self.prompts, self.text, self.codec, shape, ranks)
 
         self.per_update, self.micro_batch = images_per_update(config), micro_batch_of(config, ranks.world_size)
-        self.passes = len(self._steps(0)) + bool(config.policy.reward_gradient) + bool(config.policy.data_weight)  # of the network over an image in an update
+        self.passes = len(self._steps(0)) + trains_last_call(config) + bool(config.policy.data_weight)  # of the network over an image in an update
         batches = pretraining.TrainConfig(batch_size=self.per_update * self.passes, micro_batch=self.micro_batch, compile=train.compile)
         self.start_engine(deepspeed_json, batches, saved)
         self.feed = self.objective = None
@@ -207,9 +207,8 @@ class GrpoTrainer(Run):
                 self.engine.backward((self.kl * kl - value).mean() * (self.passes / len(experience.states)))
                 self.engine.step()
                 self.meter.add_transition(value, log_ratio, kl, outside)
-            if how.reward_gradient:
-                worth = self._last_call(experience, part)
-                self.engine.backward(worth.mean() * (-how.reward_gradient * self.passes))
+            if experience.last is not None:
+                self.engine.backward(self._last_call(experience, part).mean() * -self.passes)
                 self.engine.step()
         for batch in self.feed.next().micro_batches(self.micro_batch) if self.feed else ():
             example = self.objective.example(batch.latents, batch.positions)
@@ -220,15 +219,18 @@ class GrpoTrainer(Run):
             self.meter.add_data(losses)
 
     def _last_call(self, experience: Experience, part: slice) -> torch.Tensor:
-        """The rewards of x_0 = f(y_1), in units of an advantage, with gradients through the VAE and the last call, [B]: y_1 stays as it was drawn."""
+        """What x_0 = f(y_1) is to maximise, in units of an advantage, with gradients through the VAE and the last call, [B]: y_1 stays as it was drawn."""
+        how, total = self.config.policy, 0.0
         x0 = last_call(self._eps_fn(self.engine, experience, part), self.policy, experience.last[part].to(self.ranks.device))
-        pictures, worth = self.codec.decode(x0).add(1).div(2), 0.0
+        pictures = self.codec.decode(x0).add(1).div(2)
         for reward in self.roller.scorer.rewards:
-            if reward.name in experience.reward_scale:
+            if how.reward_gradient and reward.name in experience.reward_scale:
                 values = score_differentiably(reward, pictures, experience.prompts[part], experience.metadata[part])
                 self.meter.add_last_call(reward.name, values)
-                worth = worth + experience.reward_scale[reward.name] * values
-        return worth
+                total = total + how.reward_gradient * experience.reward_scale[reward.name] * values
+        if how.variety:
+            total = total + how.variety * experience.group_spread.of(part, self.ranks.device).apart(coarse(pictures))
+        return total
 
     def _parts(self, rows: range):
         """Micro-batches of a rank's images, as slices."""

@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 
 from proxt2i.embedded import SHIPPED_MODEL
-from proxt2i.grpo_config import GrpoConfig, images_per_update, micro_batch_of
+from proxt2i.grpo_config import GrpoConfig, images_per_update, micro_batch_of, trains_last_call
 from proxt2i.models.bundle import find_components, load_settings
 from proxt2i.models.files import read_json
 from proxt2i.models.flops import forward_flops
@@ -45,7 +45,7 @@ def dry_run(config: GrpoConfig, world_size: int, say=print) -> None:
         f"guidance {', '.join(f'{g:g}' for g in policy.guidance)}")
     say(f"an image costs about {evaluations} evaluations of the network to draw and {update:.0f} to train on, "
         f"{forward_flops(uvit.config) * (evaluations + update) / 1e9:,.1f} GFLOP (VAE and rewards not counted)")
-    kept = trained * (2 if keeps_outputs(config, world_size) else 1) + bool(config.policy.reward_gradient)
+    kept = trained * (2 if keeps_outputs(config, world_size) else 1) + trains_last_call(config)
     state = how.updates * images // world_size * kept * uvit.config.in_channels * uvit.config.sample_size**2 * 4
     say(f"states (and outputs) kept for the update: {state / 2**20:,.1f} MiB a rank, on the {how.store}; "
         f"reference network: {num_params * 4 / 2**30 if config.policy.kl and not lora else 0:.2f} GiB")

@@ -11,7 +11,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from proxt2i.diffusion.policy import Policy
-from proxt2i.grpo_config import GrpoConfig
+from proxt2i.grpo_config import GrpoConfig, trains_last_call
 from proxt2i.training.distributed import Ranks
 from proxt2i.training.meter import device_peak, peak_memory
 from proxt2i.training.rollouts import Experience
@@ -30,7 +30,7 @@ def passes_per_image(config: GrpoConfig, policy: Policy) -> tuple[float, float]:
     steps = how.steps if how.steps is not None else range(policy.num_transitions)
     transitions = (how.window or len(steps)) * sum(costs[i] for i in steps) / len(steps)
     training = 2 if how.lora_rank else 3
-    others = costs[-1] * bool(how.reward_gradient) + bool(how.data_weight)
+    others = costs[-1] * trains_last_call(config) + bool(how.data_weight)
     return sum(costs), (training * (transitions + others) + bool(how.kl) * transitions) * how.inner_epochs
 
 

@@ -13,10 +13,10 @@ from torch import Tensor
 from proxt2i.data.prompts import Prompts
 from proxt2i.diffusion import Policy, guided, prox_from_eps, rollout
 from proxt2i.diffusion.proximal import EpsFn
-from proxt2i.grpo_config import GrpoConfig, images_per_update, micro_batch_of
+from proxt2i.grpo_config import GrpoConfig, images_per_update, micro_batch_of, trains_last_call
 from proxt2i.models.bundle import Settings
 from proxt2i.rewards import Scorer, load_reward, settings_of
-from proxt2i.training.advantage import advantages, reward_scales
+from proxt2i.training.advantage import Spread, advantages, coarse, group_spread, reward_scales
 from proxt2i.training.distributed import Ranks
 from proxt2i.training.randomness import sample_seeds
 
@@ -29,8 +29,8 @@ class Experience:
     eps[i]: the guided output of the network that drew them there, for later updates; empty where it would not be the same bits (see `Roller.draw`).
     row: int64 [M], an image's row in text.  advantage: float32 [M].  scores: of the images of all ranks, {reward: [images]}.
     flat_groups: of all ranks, those whose images all have the same rewards.  spread: std of the x0 of a prompt, mean over elements and groups.
-    last: the state that the last evaluation saw, float32 [M, *shape], where `policy.reward_gradient` needs it.  prompts, metadata: of every image.
-    reward_scale: see `advantage.reward_scales`.
+    last: the state that the last evaluation saw, float32 [M, *shape], where `trains_last_call`.  prompts, metadata: of every image.
+    reward_scale: see `advantage.reward_scales`.  group_spread: of every image's group, [M, ...], where `policy.variety` needs it.
     reward_seconds: this rank's rewards took, most of it while the next pictures were drawn; reward_wait: it waited for them with nothing else to do.
     """
 
@@ -43,6 +43,7 @@ class Experience:
     metadata: list[dict | None]
     last: Tensor | None
     reward_scale: dict[str, float]
+    group_spread: Spread | None
     advantage: Tensor
     scores: dict[str, Tensor]
     flat_groups: int
@@ -100,10 +101,10 @@ class Roller:
         rows = torch.from_numpy(row).to(device)
         store = "cpu" if how.store == "cpu" else None
         keep_eps = keeps_outputs(self.config, self.ranks.world_size)
-        keep_last = self.config.policy.reward_gradient > 0
+        keep_last = trains_last_call(self.config)
         asked = numbers[row].tolist()
         prompts, metadata = ([of[n] for n in asked] for of in (self.prompts.texts, self.prompts.metadata))
-        parts, latents, futures = [], [], []
+        parts, latents, looks, futures = [], [], [], []
         for chosen in torch.arange(len(positions), device=device).split(how.batch):
             eps_fn = self.eps_fn(network, [t[rows[chosen]] for t in text])
             part = rollout(eps_fn, self.policy, self.shape, seeds[chosen], steps=steps, keep_eps=keep_eps, keep_last=keep_last, store=store)
@@ -112,6 +113,8 @@ class Roller:
             futures.append(self.scorer.submit(pictures, prompts[first:end], metadata[first:end]))
             parts.append(part)
             latents.append(part.x0)
+            if self.config.policy.variety:
+                looks.append(coarse(pictures))
             if stop():
                 return None
         states = {i: torch.cat([part.states[i] for part in parts]) for i in steps}
@@ -123,15 +126,16 @@ class Roller:
         advantage, flat = advantages(scores, self.reward_settings, how.group_size, self.config.policy.advantage_clip)
         last = torch.cat([part.states[self.policy.num_transitions] for part in parts]) if keep_last else None
         scales = reward_scales(scores, self.reward_settings, how.group_size)
-        return Experience(seeds, states, eps, text, rows, prompts, metadata, last, scales, advantage[positions].to(device), scores, flat,
+        spread = group_spread(self._gather(torch.cat(looks)), how.group_size).of(positions, device) if looks else None
+        return Experience(seeds, states, eps, text, rows, prompts, metadata, last, scales, spread, advantage[positions].to(device), scores, flat,
                           _spread(torch.cat(latents), rows), self.scorer.seconds - scored_before, waited)
 
     def _gather(self, own: Tensor) -> Tensor:
-        """A number for each image of this rank [M] -> of all ranks, in the rollout's order, on the CPU."""
+        """Of each image of this rank [M, ...] -> of all ranks, in the rollout's order, on the CPU."""
         own = own.to(self.ranks.device)
         parts = [torch.empty_like(own) for _ in range(self.ranks.world_size)]
         dist.all_gather(parts, own)
-        return torch.stack([part.reshape(self.config.rollout.updates, -1) for part in parts], 1).reshape(-1).cpu()
+        return torch.stack([part.reshape(self.config.rollout.updates, -1, *own.shape[1:]) for part in parts], 1).flatten(0, 2).cpu()
 
 
 def keeps_outputs(config: GrpoConfig, world_size: int) -> bool:
