@@ -9,6 +9,7 @@ from proxt2i.data.portraits import make_arrays
 from proxt2i.embedded import ASSETS, HELD_OUT_SEED, SHIPPED_MODEL
 from proxt2i.embedded.judge import Judge, diversity, frechet_distance, right_attributes
 from proxt2i.embedded.train_clip import LENGTH, load_clip, retrieval
+from proxt2i.embedded.train_clip_vision import held_out as contrast_figures
 from proxt2i.embedded.train_vae import gather, image_batch, principal_components, psnr
 from proxt2i.models.vae import LatentCodec
 
@@ -76,6 +77,15 @@ def test_clip_retrieval_is_as_recorded():
     for name, value in recipe("clip")["held_out"].items():
         assert figures[name] == pytest.approx(value, abs=0.02), name
     assert min(figures["by_attribute"].values()) > 0.95  # it hears every kind of word
+
+
+def test_clip_reads_pictures_with_errors_as_recorded():
+    from proxt2i.rewards.clip import load_clip_tokenizer
+
+    recorded = recipe("clip")["vision"]
+    figures = contrast_figures(load_clip(ASSETS / "clip"), load_clip_tokenizer(ASSETS / "tokenizer"), LatentCodec.from_pretrained(ASSETS), recorded["noise"], count=96)
+    for name, value in figures.items():
+        assert value == pytest.approx(recorded["after"][name], abs=0.1) and value > recorded["before"][name] + 0.1, name
 
 
 def test_prompts_fit_the_text_encoder(held_out):

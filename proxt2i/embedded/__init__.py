@@ -2,8 +2,9 @@
 
     python -m proxt2i.embedded.train_vae      # AutoencoderKL, 16 channels, 8x
     python -m proxt2i.embedded.train_clip     # CLIPModel: the text encoder, and the retrieval figures
+    python -m proxt2i.embedded.train_clip_vision  # its vision tower further: what pickscore_contrast asks, also of pictures with errors
     python -m proxt2i.embedded.train_judge    # attribute classifier, the independent judge of the evaluation
-    python -m proxt2i.embedded.build          # the three in order, then the U-ViT that `proxt2i.sample` uses
+    python -m proxt2i.embedded.build          # these in order, then the U-ViT that `proxt2i.sample` uses
 """
 
 from pathlib import Path

@@ -1,6 +1,6 @@
-"""Rebuilds everything in assets/ from nothing: VAE, CLIP, judge, then the portraits model. Takes hours on 2 cores.
+"""Rebuilds everything in assets/ from nothing: VAE, CLIP and its vision tower once more, judge, then the portraits model. Takes hours on 2 cores.
 
-    python -m proxt2i.embedded.build                 # all four
+    python -m proxt2i.embedded.build                 # all of them
     python -m proxt2i.embedded.build --only uvit     # the model alone: configs/portraits.yaml, then its figures
 
 The U-ViT and its text embeddings belong together: a new VAE or CLIP needs a new U-ViT.
@@ -19,7 +19,7 @@ import torch
 from proxt2i.embedded import SHIPPED_MODEL
 from proxt2i.embedded.demo import ROOT, call, ranks
 
-PARTS = {"vae": "train_vae", "clip": "train_clip", "judge": "train_judge"}
+PARTS = {"vae": "train_vae", "clip": "train_clip", "clip-vision": "train_clip_vision", "judge": "train_judge"}
 
 
 def ship(run_dir: Path) -> None:
