@@ -58,7 +58,7 @@ def write_network(folder: Path, preset: str) -> Path:
 
 def make_trainer(folder: Path, name: str, overrides: list[str]) -> GrpoTrainer:
     settings = [f"train.run_dir={folder}/{name}", "train.threads=1", "train.tensorboard=false", "sample.every=0", "guard.every=0", "optim.name=adamw",
-                "optim.lr=1e-4", "policy.reward_gradient=0", "rollout.guidance=1.5", "prompts.num=256", f"rollout.group_size={GROUP_SIZE}", f"rollout.groups_per_update={PER_UPDATE // GROUP_SIZE}",
+                "optim.lr=1e-4", "policy.reward_gradient=0", "policy.variety=0", "rollout.guidance=1.5", "prompts.num=256", f"rollout.group_size={GROUP_SIZE}", f"rollout.groups_per_update={PER_UPDATE // GROUP_SIZE}",
                 f"rollout.updates={UPDATES}", f"rollout.batch={PER_UPDATE}", f"train.micro_batch={PER_UPDATE}", *overrides]
     return GrpoTrainer(load_config(ROOT / "configs" / "grpo_portraits.yaml", settings), read_deepspeed_json(ROOT / "configs" / "zero2.json"), None,
                        distributed.start(1))

@@ -34,7 +34,7 @@ def grpo(kind: str, args) -> Path:
     folder = args.out / kind
     command = [*([sys.executable] if args.ranks == 1 else ["deepspeed", "--num_gpus", str(args.ranks)]), "proxt2i/grpo.py", "--deepspeed", "configs/zero2.json",
                "--config", "configs/grpo_portraits.yaml", "--resume", f"train.run_dir={folder}", f"train.images={args.images}",
-               f"rewards.train={json.dumps([RUNS[kind]])}", f"rewards.panel={json.dumps(PANEL)}", "guard.alarm=warn", "policy.reward_gradient=0", "rollout.guidance=1.5",
+               f"rewards.train={json.dumps([RUNS[kind]])}", f"rewards.panel={json.dumps(PANEL)}", "guard.alarm=warn", "policy.reward_gradient=0", "policy.variety=0", "rollout.guidance=1.5",
                f"guard.every={max(args.images // 8, 1)}", f"train.checkpoint_every={max(args.images // 4, 1)}", "sample.every=0",
                *([f"model.init_from={args.model.resolve()}"] if args.model else []), *args.overrides]
     folder.mkdir(parents=True, exist_ok=True)
