@@ -71,25 +71,14 @@ struct Variant {
   }
   static void time(Shape shape) {
     Problem<T, D> p(shape, 1);
-    const Time t = time_of([&] { launch(p.args); });
-    const double flop = 4.0 * shape.batch * shape.heads * shape.tokens * shape.tokens * D;
-    printf("  time B %d N %d D %d: mean %.4f ms (best %.4f), %.0f TFLOP/s\n", shape.batch, shape.tokens, D, t.mean, t.best, flop / t.mean * 1e-9);
+    print_time(shape, D, 2, [&] { launch(p.args); });
   }
   static void run(const char* name) {
     const auto kernel = attention_hopper_kernel<T, D, groups, keys, blocks, overlapped>;
-    CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, HopperTiles<D, groups, keys>::bytes));
-    int resident = 0;
-    CHECK(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&resident, kernel, 128 * groups, HopperTiles<D, groups, keys>::bytes));
+    const int resident = resident_blocks(kernel, 128 * groups, HopperTiles<D, groups, keys>::bytes);
     printf("%s: D %d, %d warp groups, %d keys, %s, %d blocks on a multiprocessor\n", name, D, groups, keys,
            overlapped ? "overlapped" : "in turn", resident);
-    bool good = true;
-    for (const Shape s : {Shape{2, 1, 2, 1, false}, Shape{2, 17, 2, 17, false}, Shape{4, 463, 2, 463, true}, Shape{4, 300, 3, 130, true},
-                          Shape{2, 1231, 2, 1231, false}}) {
-      for (const float spread : {1.0f, 4.0f}) good &= check(s, spread);
-    }
-    time({256, 463, 16, 463, false});
-    time({64, 1231, 16, 1231, false});
-    printf("%s\n", good ? "all right" : "SOME WRONG");
+    check_and_time(check, time);
   }
 };
 

@@ -1,4 +1,4 @@
-// What the benchmarks of attention for sm_90a share: inputs, and plain fp32 attention.
+// What the benchmarks of attention for sm_90a share: inputs, plain fp32 attention, and the course of a measurement.
 #pragma once
 
 #include <cuda_bf16.h>
@@ -65,16 +65,13 @@ struct Shape {
   bool lengths;
 };
 
-struct Time {
-  float mean = 0, best = 1e9f;  // milliseconds
-};
-
+// Times run, which makes `products` products of all queries and all keys, and says what it found.
 template <typename Run>
-Time time_of(const Run& run) {
+void print_time(Shape shape, int dim, double products, const Run& run) {
   cudaEvent_t start, stop;
   CHECK(cudaEventCreate(&start));
   CHECK(cudaEventCreate(&stop));
-  Time time;
+  float mean = 0, best = 1e9f;  // milliseconds
   for (int i = 0; i < 3; ++i) run();
   for (int round = 0; round < 5; ++round) {
     float ms;
@@ -83,9 +80,31 @@ Time time_of(const Run& run) {
     CHECK(cudaEventRecord(stop));
     CHECK(cudaEventSynchronize(stop));
     CHECK(cudaEventElapsedTime(&ms, start, stop));
-    time.best = fminf(time.best, ms / 10), time.mean += ms / 50;
+    best = fminf(best, ms / 10), mean += ms / 50;
   }
-  return time;
+  const double flop = 2 * products * shape.batch * shape.heads * shape.tokens * shape.tokens * dim;
+  printf("  time B %d N %d D %d: mean %.4f ms (best %.4f), %.0f TFLOP/s\n", shape.batch, shape.tokens, dim, mean, best, flop / mean * 1e-9);
+}
+
+// check(shape, spread) at small shapes, with large scores too; then time(shape) at those of U-ViT-H.
+template <typename Check, typename Timed>
+void check_and_time(const Check& check, const Timed& time) {
+  bool good = true;
+  for (const Shape s : {Shape{2, 1, 2, 1, false}, Shape{2, 17, 2, 17, false}, Shape{4, 463, 2, 463, true}, Shape{4, 300, 3, 130, true},
+                        Shape{2, 1231, 2, 1231, false}}) {
+    for (const float spread : {1.0f, 4.0f}) good &= check(s, spread);
+  }
+  time(Shape{256, 463, 16, 463, false});
+  time(Shape{64, 1231, 16, 1231, false});
+  printf("%s\n", good ? "all right" : "SOME WRONG");
+}
+
+template <typename Kernel>
+int resident_blocks(Kernel kernel, int threads, int bytes) {
+  int resident = 0;
+  CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes));
+  CHECK(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&resident, kernel, threads, bytes));
+  return resident;
 }
 
 // All tokens, half of them, one or none; null where every image has all.

@@ -135,49 +135,35 @@ struct Variant {
   void time(Shape shape) const {
     Problem<T, D> p(shape, 1);
     if (prepare != nullptr) prepare(p.args, nullptr);
-    const Time t = time_of([&] { run(p.args, nullptr); });
-    const double products = parts == 1 ? 3 : parts == 2 ? 4 : 5;  // five are enough for all
-    const double flop = 2 * products * shape.batch * shape.heads * shape.tokens * shape.tokens * D;
-    printf("  time B %d N %d D %d: mean %.4f ms (best %.4f), %.0f TFLOP/s\n", shape.batch, shape.tokens, D, t.mean, t.best,
-           flop / t.mean * 1e-9);
+    print_time(shape, D, parts == 1 ? 3 : parts == 2 ? 4 : 5, [&] { run(p.args, nullptr); });  // five are enough for all
   }
   void measure(const char* name) const {
     printf("%s\n", name);
-    bool good = true;
-    for (const Shape s : {Shape{2, 1, 2, 1, false}, Shape{2, 17, 2, 17, false}, Shape{4, 463, 2, 463, true}, Shape{4, 300, 3, 130, true},
-                          Shape{2, 1231, 2, 1231, false}}) {
-      for (const float spread : {1.0f, 4.0f}) good &= check(s, spread);
-    }
-    time({256, 463, 16, 463, false});
-    time({64, 1231, 16, 1231, false});
-    printf("%s\n", good ? "all right" : "SOME WRONG");
+    check_and_time([&](Shape shape, float spread) { return check(shape, spread); }, [&](Shape shape) { time(shape); });
   }
 };
 
+template <int groups, int tile, bool overlapped, typename T, int D, typename Kernel>
+void measure_part(const char* part, const char* passing, Kernel kernel, int bytes, const Variant<T, D>& variant) {
+  char name[200];
+  snprintf(name, sizeof name, "%s: D %d, %d warp groups, %d %s, %s, %d blocks on a multiprocessor", part, D, groups, tile, passing,
+           overlapped ? "overlapped" : "in turn", resident_blocks(kernel, 128 * groups, bytes));
+  variant.measure(name);
+}
+
 template <typename T, int D, int groups, int tile, int blocks, bool overlapped>
 void measure_dq() {
-  int resident = 0;
-  using Tiles = BackwardTiles<D, groups, tile, overlapped>;
-  const auto kernel = attention_hopper_dq_kernel<T, D, groups, tile, blocks, overlapped>;
-  CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, Tiles::dq_bytes));
-  CHECK(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&resident, kernel, Tiles::threads, Tiles::dq_bytes));
-  char name[200];
-  snprintf(name, sizeof name, "dQ: D %d, %d warp groups, %d keys, %s, %d blocks on a multiprocessor", D, groups, tile,
-           overlapped ? "overlapped" : "in turn", resident);
-  Variant<T, D>{1, nullptr, launch_hopper_dq<T, D, groups, tile, blocks, overlapped>}.measure(name);
+  measure_part<groups, tile, overlapped>("dQ", "keys", attention_hopper_dq_kernel<T, D, groups, tile, blocks, overlapped>,
+                                         BackwardTiles<D, groups, tile, overlapped>::dq_bytes,
+                                         Variant<T, D>{1, nullptr, launch_hopper_dq<T, D, groups, tile, blocks, overlapped>});
 }
 
 template <typename T, int D, int groups, int tile, int blocks, bool overlapped>
 void measure_dkv() {
-  int resident = 0;
-  using Tiles = BackwardTiles<D, groups, tile, overlapped>;
-  const auto kernel = attention_hopper_dkv_kernel<T, D, groups, tile, blocks, overlapped>;
-  CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, Tiles::dkv_bytes));
-  CHECK(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&resident, kernel, Tiles::threads, Tiles::dkv_bytes));
-  char name[200];
-  snprintf(name, sizeof name, "dK, dV: D %d, %d warp groups, %d queries, %s, %d blocks on a multiprocessor", D, groups, tile,
-           overlapped ? "overlapped" : "in turn", resident);
-  Variant<T, D>{2, launch_hopper_backward<T, D>, launch_hopper_dkv<T, D, groups, tile, blocks, overlapped>}.measure(name);
+  measure_part<groups, tile, overlapped>(
+      "dK, dV", "queries", attention_hopper_dkv_kernel<T, D, groups, tile, blocks, overlapped>,
+      BackwardTiles<D, groups, tile, overlapped>::dkv_bytes,
+      Variant<T, D>{2, launch_hopper_backward<T, D>, launch_hopper_dkv<T, D, groups, tile, blocks, overlapped>});
 }
 
 template <typename T, int D>

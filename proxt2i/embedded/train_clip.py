@@ -119,6 +119,22 @@ def retrieval(clip, tokenizer, count: int = 2048) -> dict:
     }
 
 
+def descent(clip, parameters: list[torch.nn.Parameter], lr: float, steps: int):
+    """A function that takes a step of AdamW down the loss it is given: 100 steps of warm-up, then a cosine to 0; the logit scale stays below 100."""
+    optimizer = torch.optim.AdamW(parameters, lr=lr, betas=(0.9, 0.98), weight_decay=0.05)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda i: min((i + 1) / 100, 0.5 + 0.5 * math.cos(math.pi * i / steps)))
+
+    def step(loss: torch.Tensor) -> None:
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+        optimizer.step()
+        schedule.step()
+        clip.logit_scale.data.clamp_(0, math.log(100))
+
+    return step
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=ASSETS, help="folder that gets clip/, text_encoder/ and tokenizer/")
@@ -141,8 +157,7 @@ def main() -> None:
     clip = build_clip(tokenizer)
     heads = Heads(clip.config.projection_dim)
     parameters = [*clip.parameters(), *heads.parameters()]
-    optimizer = torch.optim.AdamW(parameters, lr=args.lr, betas=(0.9, 0.98), weight_decay=0.05)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda i: min((i + 1) / 100, 0.5 + 0.5 * math.cos(math.pi * i / args.steps)))
+    descend = descent(clip, parameters, args.lr, args.steps)
     bar = tqdm(range(args.steps), desc="CLIP", mininterval=5)
     for i in bar:
         index = torch.randint(args.num_images, (args.batch_size,))
@@ -152,12 +167,7 @@ def main() -> None:
         loss = (F.cross_entropy(out.logits_per_image, truth) + F.cross_entropy(out.logits_per_text, truth)) / 2
         scale = clip.config.projection_dim**0.5  # the embeddings have length 1
         loss = loss + heads.loss(scale * out.image_embeds, scale * out.text_embeds, drawn[index], told[index])
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
-        optimizer.step()
-        schedule.step()
-        clip.logit_scale.data.clamp_(0, math.log(100))
+        descend(loss)
         if i % 50 == 0:
             bar.set_postfix(loss=f"{loss.item():.4f}")
         if i % 400 == 399:

@@ -19,11 +19,12 @@ from tqdm import tqdm
 
 from proxt2i.data.portraits import ATTRIBUTES
 from proxt2i.embedded import ASSETS, HELD_OUT_SEED, TRAIN_SEED
-from proxt2i.embedded.train_clip import draw_pairs, load_clip, pixels, retrieval
+from proxt2i.embedded.train_clip import descent, draw_pairs, load_clip, pixels, retrieval
 from proxt2i.embedded.train_judge import augment, split_logits, targets
 from proxt2i.models.vae import LatentCodec
 from proxt2i.rewards.clip import embed_images, embed_prompts, load_clip_tokenizer
-from proxt2i.rewards.contrast import changed_captions
+from proxt2i.rewards.contrast import PickScoreContrast, changed_captions
+from proxt2i.rewards.pickscore import HALF, PickScore
 
 
 def embed_choices(clip, tokenizer, captions: list[str]) -> tuple[torch.Tensor, torch.Tensor]:
@@ -53,15 +54,10 @@ def held_out(clip, tokenizer, codec: LatentCodec, noise: float, count: int = 512
     """Mean contrast of held-out drawings, and of the same through the VAE with errors in the latents."""
     torch.manual_seed(0)
     images, captions, _ = draw_pairs(HELD_OUT_SEED + 1_000_000, count, complete=True)
-    choices, exists = embed_choices(clip, tokenizer, captions)
-    means = []
-    for spoiled in (False, True):
-        values = []
-        for rows in torch.arange(2 * count).split(64):
-            x = pixels(images[rows])
-            x = codec.decode(spoil(codec.encode(x), noise)) if spoiled else x
-            values.append(contrast(clip.logit_scale.exp(), embed_images(clip, x), choices[rows], exists[rows]))
-        means.append(torch.cat(values).mean().item())
+    reward = PickScoreContrast(PickScore(clip, tokenizer, HALF, HALF))
+    drawings = [pixels(part) for part in images.split(64)]
+    spoiled = [codec.decode(spoil(codec.encode(part), noise)) for part in drawings]
+    means = [reward.differentiable((torch.cat(parts) + 1) / 2, captions).mean().item() for parts in (drawings, spoiled)]
     return {"contrast_of_drawings": means[0], "contrast_of_spoiled": means[1]}
 
 
@@ -88,8 +84,7 @@ def main() -> None:
     head = torch.nn.Linear(clip.config.projection_dim, sum(len(values) for values in ATTRIBUTES.values()))  # thrown away afterwards
     clip.requires_grad_(False)
     parameters = [p.requires_grad_() for p in (*clip.vision_model.parameters(), *clip.visual_projection.parameters(), clip.logit_scale, *head.parameters())]
-    optimizer = torch.optim.AdamW(parameters, lr=args.lr, betas=(0.9, 0.98), weight_decay=0.05)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda i: min((i + 1) / 100, 0.5 + 0.5 * math.cos(math.pi * i / args.steps)))
+    descend = descent(clip, parameters, args.lr, args.steps)
     bar, mean = tqdm(range(args.steps), desc="CLIP, vision", mininterval=5), None
     for i in bar:
         rows = torch.randint(args.num_images, (args.batch_size,))
@@ -103,12 +98,7 @@ def main() -> None:
         loss = (F.cross_entropy(similarity, truth) + F.cross_entropy(similarity.T, truth)) / 2 - value
         attributes = split_logits(head(clip.config.projection_dim**0.5 * embedded))
         loss = loss + sum(F.cross_entropy(z, label) for z, label in zip(attributes, drawn[rows].unbind(1), strict=True)) / len(ATTRIBUTES)
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
-        optimizer.step()
-        schedule.step()
-        clip.logit_scale.data.clamp_(0, math.log(100))
+        descend(loss)
         mean = value.item() if mean is None else 0.98 * mean + 0.02 * value.item()
         if i % 50 == 0:
             bar.set_postfix(contrast=f"{mean:.3f}")

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 
 from proxt2i.grpo_config import GrpoConfig
 from proxt2i.images import to_uint8
 from proxt2i.rewards import load_reward, score, settings_of
+from proxt2i.training.advantage import coarse
 from proxt2i.training.distributed import gather_objects
 from proxt2i.training.guard import Evaluation, attribute_entropy, variances
 from proxt2i.training.randomness import sample_seeds
@@ -54,7 +54,7 @@ class Evaluator:
             pass
         decoded = roller.codec.decode(x0)
         pictures = decoded.add(1).div(2)
-        diversity = {"latents": variances(x0, size), "pictures": variances(F.adaptive_avg_pool2d(pictures, 8), size)}
+        diversity = {"latents": variances(x0, size), "pictures": variances(coarse(pictures), size)}
         if self.judge is not None:
             from proxt2i.embedded.train_judge import stated
 
