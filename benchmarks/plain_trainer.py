@@ -110,10 +110,10 @@ def beta_integral(t):
 
 
 class PlainTrainer:
-    """latents [N, C, H, W]; text: one [N, L_i, D_i] per encoder; null_text: the empty caption's, one [1, L_i, D_i] each."""
+    """latents [N, C, H, W]; text: one [N, L_i, D_i] per encoder; null_text: the empty caption's, one [1, L_i, D_i] each; bf16: the network in autocast."""
 
-    def __init__(self, uvit, latents, text, null_text, batch_size, fused, lr=2e-4):
-        self.model, self.null_text = PlainUViT(uvit, fused), null_text
+    def __init__(self, uvit, latents, text, null_text, batch_size, fused, bf16, lr=2e-4):
+        self.model, self.null_text, self.bf16 = PlainUViT(uvit, fused), null_text, bf16
         self.ema = copy.deepcopy(self.model)
         self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=lr)
         self.loader = DataLoader(TensorDataset(latents, *text), batch_size, shuffle=True, drop_last=True)
@@ -140,7 +140,8 @@ class PlainTrainer:
         n = torch.randn_like(x0)
         y = x_t + lam[:, None, None, None].sqrt() * n
 
-        eps = self.model(y, t, lam, text)
+        with torch.autocast(y.device.type, torch.bfloat16, enabled=self.bf16):
+            eps = self.model(y, t, lam, text).float()
         loss = (1 - torch.exp(-(eps - n).square().mean(dim=(1, 2, 3)) / ZETA**2)).mean()
         self.optimizer.zero_grad()
         loss.backward()

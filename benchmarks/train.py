@@ -79,17 +79,18 @@ def ours(folder: Path, name: str, *overrides: str):
     return step
 
 
-def plain(folder: Path, name: str, fused: bool):
+def plain(folder: Path, name: str, fused: bool, bf16: bool):
     """A function that makes one step of the plain loop, on the same latents and embeddings."""
     trainer = make_trainer(folder, name, [])
     batches = [trainer.feed.next() for _ in range(NUM_IMAGES // BATCH)]  # every image once
     latents, *text = (torch.cat(parts) for parts in zip(*([batch.latents, *batch.text] for batch in batches)))
-    return PlainTrainer(trainer.uvit, latents, text, trainer.feed.null_text, BATCH, fused).step
+    return PlainTrainer(trainer.uvit, latents, text, trainer.feed.null_text, BATCH, fused, bf16).step
 
 
 def measure_speed(folder: Path, args) -> dict:
-    makers = {"muon": (ours, ()), "adamw": (ours, ("optim.name=adamw", "optim.lr=2e-3")), "compiled": (ours, ("train.compile=true",)),
-              "plain": (plain, (False,)), "plain-sdpa": (plain, (True,))}
+    precision, bf16 = f"train.precision={args.precision}", args.precision == "bf16"
+    makers = {"muon": (ours, (precision,)), "adamw": (ours, (precision, "optim.name=adamw", "optim.lr=2e-3")), "compiled": (ours, (precision, "train.compile=true")),
+              "plain": (plain, (False, bf16)), "plain-sdpa": (plain, (True, bf16))}
     contestants = []
     for name in args.contestants:  # the first encodes the data, compilation disturbs nobody
         make, its = makers[name]
@@ -143,6 +144,7 @@ def main():
     parser.add_argument("--seconds", type=float, default=1.5, help="of a contestant's turn")
     parser.add_argument("--parts", nargs="+", choices=["speed", "ranks", "wait"], default=["speed", "ranks", "wait"])
     parser.add_argument("--contestants", nargs="+", default=["muon", "adamw", "compiled", "plain", "plain-sdpa"], help="of part speed")
+    parser.add_argument("--precision", choices=["fp32", "bf16"], default="fp32", help="of part speed: bf16 is autocast, for both")
     parser.add_argument("--wait-images", type=int, default=12_800, help="length of part wait's run")
     parser.add_argument("--out", type=Path, help="write the result as JSON")
     args = parser.parse_args()

@@ -6,7 +6,7 @@ With weights, q and k are RMS-normalised over each head first (QK-norm): q -> q_
 
 Three implementations: `ref` (plain torch, exact in the input's dtype), `sdpa` (torch's scaled_dot_product_attention with whatever backend it
 picks; on GPUs after csrc/cuda/qkv_norm.cu, if there are weights) and `native`: on GPUs csrc/cuda/attention_*.cu (bfloat16 and float16, heads of 64,
-72 and 128), on CPUs csrc/cpu/attention.cpp (float32 and float64, heads of
+72 and 128), on CPUs csrc/cpu/attention.cpp (heads of
 a multiple of 16). On a GPU `attention_table.json`, written by benchmarks/attention.py from measurements, says which of the last two a shape gets;
 what it does not name is torch's. On a CPU short sequences are native.
 """
@@ -104,8 +104,8 @@ def why_not_native(qkv: torch.Tensor) -> str | None:
     if not native_available(qkv.device.type):
         return f"the native kernels are not built for {qkv.device.type}"
     if qkv.device.type == "cpu":
-        fits = qkv.dtype in (torch.float32, torch.float64) and qkv.shape[-1] % 16 == 0 and qkv.shape[-1] > 0
-        return None if fits else f"on a CPU the native kernels take float32 or float64 and heads of a multiple of 16, not {qkv.dtype} and {qkv.shape[-1]}"
+        fits = qkv.is_floating_point() and qkv.shape[-1] % 16 == 0 and qkv.shape[-1] > 0
+        return None if fits else f"on a CPU the native kernels take heads of a multiple of 16, not {qkv.dtype} and {qkv.shape[-1]}"
     if qkv.dtype not in HALVES or qkv.shape[-1] not in HEAD_DIMS:
         return f"the native kernels take bfloat16 or float16 and heads of {HEAD_DIMS}, not {qkv.dtype} and {qkv.shape[-1]}"
     return None
@@ -117,12 +117,12 @@ def fuses_norm(qkv: torch.Tensor) -> bool:
 
 
 def preferred(qkv: torch.Tensor) -> str:
-    """"native" on a CPU up to CPU_TOKENS float32 tokens, and where the table says that it was faster on this kind of GPU at the nearest measured
+    """"native" on a CPU up to CPU_TOKENS tokens, and where the table says that it was faster on this kind of GPU at the nearest measured
     number of tokens, else "sdpa"."""
     if why_not_native(qkv):
         return "sdpa"
     if qkv.device.type == "cpu":
-        return "native" if CPU_IS_FAST and qkv.dtype == torch.float32 and qkv.shape[1] <= CPU_TOKENS else "sdpa"
+        return "native" if CPU_IS_FAST and qkv.dtype != torch.float64 and qkv.shape[1] <= CPU_TOKENS else "sdpa"
     return _measured(qkv.device.index, qkv.shape[-1], qkv.shape[1])
 
 
