@@ -100,7 +100,7 @@ class TrainConfig:
     images: int = 350_000  # length of the run (images)
     batch_size: int = 64  # images per optimiser step, all ranks together
     micro_batch: Optional[int] = None  # images per forward pass and rank; null: batch_size / ranks (no accumulation)
-    precision: str = "auto"  # auto (bf16 on GPU, fp32 on CPU), fp32 or bf16: autocast only, parameters stay fp32
+    precision: str = "auto"  # fp32, bf16 (autocast; parameters stay fp32), or auto: bf16 on GPUs, and on CPUs with instructions for it
     compile: bool = False  # torch.compile every block, which takes a minute or so at the start; ZeRO stages 1 and 2
     threads: int = 0  # CPU threads per rank; 0: cores / ranks on this machine
     max_bad_steps: int = 20  # stop after this many steps in a row with a non-finite gradient or a spike (each is skipped)

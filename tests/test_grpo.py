@@ -78,9 +78,10 @@ def test_a_group_of_the_same_picture_stays_where_it_is():
 # -- the trainer ------------------------------------------------------------------------------------------------------
 
 
-def test_the_first_update_of_a_rollout_has_ratio_one_exactly(grpo, ranks):
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_the_first_update_of_a_rollout_has_ratio_one_exactly(grpo, ranks, precision):
     """And the second, on other images of the same rollout, has not: its old outputs are those of before the first."""
-    trainer = make(grpo, ranks, train__micro_batch=2, rollout__batch=5)
+    trainer = make(grpo, ranks, train__micro_batch=2, rollout__batch=5, train__precision=precision)
     steps = trainer._steps(0)
     seen, add = [], trainer.meter.add_transition
     trainer.meter.add_transition = lambda value, log_ratio, kl, outside: seen.append((log_ratio.detach(), kl.detach())) or add(value, log_ratio, kl, outside)
@@ -92,9 +93,10 @@ def test_the_first_update_of_a_rollout_has_ratio_one_exactly(grpo, ranks):
     assert torch.equal(kls[0, 0], torch.zeros_like(kls[0, 0])) and kls[1].min() > 0  # of the reference: the initial weights
 
 
-def test_outputs_kept_from_the_rollout_are_those_that_an_update_would_compute(grpo, ranks):
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_outputs_kept_from_the_rollout_are_those_that_an_update_would_compute(grpo, ranks, precision):
     """To the bit, where the batches are the same; where they are not, none are kept."""
-    trainer = make(grpo, ranks, train__micro_batch=4, rollout__batch=4)
+    trainer = make(grpo, ranks, train__micro_batch=4, rollout__batch=4, train__precision=precision)
     experience = trainer.roller.draw(trainer.engine.module, 0, trainer._steps(0))
     for i in experience.states:
         for part in trainer._parts(range(16)):

@@ -204,6 +204,8 @@ def test_codec_decodes_in_float32_under_autocast_and_passes_gradients(components
     torch.testing.assert_close(decoded, exact.decode(latents))
     decoded.sum().backward()
     assert latents.grad.abs().sum() > 0 and not any(p.grad is not None for p in codec.parameters())
+    half = codec.decode(latents, torch.bfloat16)
+    assert half.dtype == torch.float32 and half.requires_grad and 0 < (half - decoded).abs().mean() < 0.02
 
 
 def test_pixel_space_when_there_is_no_vae_folder(tmp_path):

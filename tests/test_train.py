@@ -108,8 +108,9 @@ def interrupted_run(settings, ranks, run_dir, after_steps, signal_number=signal.
     return trainer, trainer.run()
 
 
-@pytest.mark.parametrize("signal_number", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_saves_and_resume_is_bit_equal(settings, ranks, tmp_path, signal_number):
+@pytest.mark.parametrize("signal_number, precision", [(signal.SIGTERM, "fp32"), (signal.SIGINT, "bf16")])
+def test_a_signal_saves_and_resume_is_bit_equal(settings, ranks, tmp_path, signal_number, precision):
+    settings["train.precision"] = precision
     straight, broken = tmp_path / "straight", tmp_path / "broken"
     handler = signal.getsignal(signal.SIGTERM)
     assert make_trainer(settings, ranks, train__run_dir=straight).run() == 0
@@ -123,6 +124,15 @@ def test_a_signal_saves_and_resume_is_bit_equal(settings, ranks, tmp_path, signa
     assert_same_checkpoint(straight / "checkpoints" / "step-000000192", broken / "checkpoints" / "step-000000192", ranks=1)
     images = [json.loads(line)["images"] for line in (broken / "stats.jsonl").read_text().splitlines()]
     assert images == sorted(set(images)) and images[-1] == 192
+
+
+@pytest.mark.parametrize("features, bf16", [({}, False), ({"avx512_f": True, "avx512_bf16": False, "amx_bf16": False}, False),
+                                            ({"avx512_bf16": True}, True), ({"amx_bf16": True}, True)])
+def test_auto_is_bf16_on_cpus_with_instructions_for_it(monkeypatch, settings, ranks, features, bf16):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: features)
+    assert make_trainer(settings, ranks, train__precision="auto").bf16 is bf16
+    cpu, gpu = torch.device("cpu"), torch.device("cuda")
+    assert engines.runs_in_bf16("auto", gpu) and engines.runs_in_bf16("bf16", cpu) and not engines.runs_in_bf16("fp32", gpu)
 
 
 def test_resume_depends_on_the_optimizer_state(settings, ranks, tmp_path):

@@ -16,7 +16,7 @@ class LatentCodec(nn.Module):
 
     `channels`: latent channels; `factor`: pixels per latent along each side. The factors come from the VAE's config
     (SD3.5: 1.5305 and 0.0609; missing ones are 1 and 0). Weights are float32; `encode_dtype` bfloat16 or float16
-    encodes under autocast, decoding is always float32.
+    encodes under autocast; decoding is float32 unless a call asks for another dtype.
     """
 
     def __init__(self, vae: AutoencoderKL, encode_dtype: torch.dtype = torch.float32, max_pixels: int = MAX_PIXELS):
@@ -63,17 +63,18 @@ class LatentCodec(nn.Module):
             latents.append((z.float() - self.shift) * self.scale)
         return torch.cat(latents)
 
-    def decode(self, latents: Tensor) -> Tensor:
+    def decode(self, latents: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
         """latents [B, channels, h, w] -> images [B, 3, h*factor, w*factor] float32 in [-1, 1] (clamped).
 
-        Differentiable in the latents.
+        Differentiable in the latents. dtype: bfloat16 or float16 decodes under autocast.
         """
         if latents.shape[1] != self.channels:
             raise ValueError(f"latents have {latents.shape[1]} channels, the VAE has {self.channels}")
         images = []
         for part in self._slices(latents, latents.shape[-2:].numel() * self.factor**2):
-            with torch.autocast(part.device.type, enabled=False):
-                images.append(self.vae.decode(part.float() / self.scale + self.shift).sample)
+            half = dtype != torch.float32
+            with torch.autocast(part.device.type, dtype if half else torch.bfloat16, enabled=half):
+                images.append(self.vae.decode(part.float() / self.scale + self.shift).sample.float())
         return torch.cat(images).clamp(-1, 1)
 
     def _slices(self, batch: Tensor, pixels: int) -> tuple[Tensor, ...]:
@@ -92,8 +93,8 @@ class PixelSpace(nn.Module):
             raise ValueError(f"images have shape {tuple(images.shape)}; [B, 3, H, W] is needed")
         return images.float()
 
-    def decode(self, latents: Tensor) -> Tensor:
-        """[B, 3, H, W] -> float32, clamped to [-1, 1]."""
+    def decode(self, latents: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+        """[B, 3, H, W] -> float32, clamped to [-1, 1]. dtype: as LatentCodec's, of no consequence here."""
         if latents.shape[1] != 3:
             raise ValueError(f"latents have {latents.shape[1]} channels, pixel space has 3")
         return latents.float().clamp(-1, 1)

@@ -29,6 +29,14 @@ class Autocast(nn.Module):
             return self.module(y, t, lam, text)
 
 
+def runs_in_bf16(precision: str, device: torch.device) -> bool:
+    """What `train.precision` means on this rank's device: "auto" is bf16 on a GPU and on a CPU that has instructions for its products (AVX512-BF16, AMX)."""
+    if precision == "auto" and device.type == "cpu":
+        has = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
+        return bool(has.get("avx512_bf16") or has.get("amx_bf16"))
+    return precision != "fp32"
+
+
 def read_deepspeed_json(path: str | Path) -> dict:
     """Read and check a DeepSpeed JSON before any work. Raises ValueError naming the file and the entry."""
     path = Path(path)

@@ -55,9 +55,10 @@ class Experience:
 class Roller:
     """Draws rollouts. Which prompts and which noise follow from (seed, images seen) alone; groups may lie across ranks."""
 
-    def __init__(self, config: GrpoConfig, settings: Settings, policy: Policy, prompts: Prompts, text_encoder, codec, shape, ranks: Ranks):
+    def __init__(self, config: GrpoConfig, settings: Settings, policy: Policy, prompts: Prompts, text_encoder, codec, shape, ranks: Ranks,
+                 dtype: torch.dtype = torch.float32):
         self.config, self.settings, self.policy, self.prompts, self.ranks = config, settings, policy, prompts, ranks
-        self.text_encoder, self.codec, self.shape = text_encoder, codec, shape
+        self.text_encoder, self.codec, self.shape, self.dtype = text_encoder, codec, shape, dtype
         self.null_text = text_encoder([""])
         self.reward_settings = settings_of(config.rewards.train, "rewards.train")
         self.scorer = Scorer([load_reward(s, ranks.device) for s in self.reward_settings])
@@ -74,6 +75,10 @@ class Roller:
         eps_fn = guided(network, text, self.null_text)
         is_prox_of_score = self.settings.objective == "score" and hasattr(self.policy.plan, "lam")
         return prox_from_eps(eps_fn, self.policy.plan.schedule) if is_prox_of_score else eps_fn
+
+    def pictures(self, x0: Tensor) -> Tensor:
+        """As rewards see them, [B, 3, H, W] in [0, 1]: decoded in the run's dtype. Differentiable."""
+        return self.codec.decode(x0, self.dtype).add(1).div(2)
 
     def positions(self) -> np.ndarray:
         """Of this rank's images among those of the rollout, int64 [M]: its slice of every update's."""
@@ -108,7 +113,7 @@ class Roller:
         for chosen in torch.arange(len(positions), device=device).split(how.batch):
             eps_fn = self.eps_fn(network, [t[rows[chosen]] for t in text])
             part = rollout(eps_fn, self.policy, self.shape, seeds[chosen], steps=steps, keep_eps=keep_eps, keep_last=keep_last, store=store)
-            pictures = self.codec.decode(part.x0).add(1).div(2)
+            pictures = self.pictures(part.x0)
             first, end = len(latents) * how.batch, len(latents) * how.batch + len(chosen)
             futures.append(self.scorer.submit(pictures, prompts[first:end], metadata[first:end]))
             parts.append(part)

@@ -17,7 +17,7 @@ from proxt2i.models.bundle import Bundle, Settings
 from proxt2i.models.uvit import UViT2DModel
 from proxt2i.training import engine as engines
 from proxt2i.training.checkpoint import CheckpointStore, replace_text
-from proxt2i.training.distributed import Ranks, StopFlag
+from proxt2i.training.distributed import Ranks, StopFlag, gather_objects
 from proxt2i.training.ema import EMA
 from proxt2i.training.export import network_of
 from proxt2i.training.preview import draw_grid
@@ -43,7 +43,7 @@ class Run:
         if self.checkpoint:  # older checkpoints of pretraining call it "guard"
             spikes = self.checkpoint.state.get("spikes") or self.checkpoint.state["guard"]
         self.spikes = SpikeGuard(config.optim.spike, **spikes)
-        self.bf16 = train.precision == "bf16" or (train.precision == "auto" and ranks.device.type == "cuda")
+        self.bf16 = all(gather_objects(engines.runs_in_bf16(train.precision, ranks.device)))  # alike on all ranks
 
     def start_engine(self, deepspeed_json: dict, batches: TrainConfig, saved: SavedState | None) -> None:
         """Wrap `self.uvit`, its weights in place, for training; optimizer state and averages are those of `saved`. Collective.
