@@ -4,12 +4,14 @@
 // transposed first and scores stand as [keys, queries]: most sums then run across vectors, and few within one.
 #include <cmath>
 #include <limits>
+#include <memory>
 #include <type_traits>
 #include <vector>
 
 #include "../common/narrow.h"
 #include "../common/tensors.h"
 #include "chunks.h"
+#include "transpose.h"
 
 namespace proxt2i {
 namespace {
@@ -18,12 +20,16 @@ constexpr int64_t lanes = 16;  // rows of the workspace are padded to it, and it
 
 constexpr int64_t padded(int64_t n) { return (n + lanes - 1) / lanes * lanes; }
 
-// At least `size` elements that belong to this thread until its next call.
+// At least `size` elements that belong to this thread until its next call, where a line of the cache begins.
 template <typename T>
 T* workspace(int64_t size) {
   static thread_local std::vector<T> memory;
-  if (memory.size() < static_cast<size_t>(size)) memory.resize(static_cast<size_t>(size));
-  return memory.data();
+  constexpr int64_t line = 64;
+  const size_t needed = static_cast<size_t>(size + line / static_cast<int64_t>(sizeof(T)));
+  if (memory.size() < needed) memory.resize(needed);
+  void* start = memory.data();
+  size_t space = memory.size() * sizeof(T);
+  return static_cast<T*>(std::align(line, static_cast<size_t>(size) * sizeof(T), start, space));
 }
 
 // exp(x) for x <= 0 (and a little above): 2^n times the polynomial of Cephes' expf.
@@ -162,17 +168,10 @@ struct Head : AttentionArgs<T, E> {
     }
   }
 
-  // columns [dim, width] = rows [count, dim], transposed, and 0 beyond `count`.
-  PROXT2I_INLINE void transpose(Rows<const T> rows, int64_t count, T* columns, int64_t width) const {
-    for (int64_t d = 0; d < this->dim; ++d) {
-      for (int64_t j = 0; j < count; ++j) columns[d * width + j] = rows.data[j * rows.stride + d];
-      for (int64_t j = count; j < width; ++j) columns[d * width + j] = 0;
-    }
-  }
-
   // columns [dim, width] = inverse * weight * x, x [count, dim] transposed, where inverse [width] = factor / rms(x) (without weights: factor).
+  template <Isa isa>
   PROXT2I_INLINE void columns(Rows<const T> x, int64_t count, const T* weight, T factor, T* columns, int64_t width, T* inverse) const {
-    transpose(x, count, columns, width);
+    transpose<isa>(x.data, x.stride, count, this->dim, columns, width);
     for (int64_t j = 0; j < width; j += lanes) {
       T sums[lanes] = {};
       for (int64_t d = 0; d < this->dim && weight != nullptr; ++d) {
@@ -203,8 +202,8 @@ struct Forward : Head<T, E> {
     const int64_t stride = this->token_stride();
     T* q = workspace<T>((rows + 2 * width) * D + (N + 2) * rows + width);
     T *k = q + rows * D, *copy = k + width * D, *scores = copy + width * D, *sums = scores + N * rows, *largest = sums + rows, *norms = largest + rows;
-    this->columns(this->widened(this->qkv + this->at(head, 0) + (N - M) * stride, stride, M, copy), M, this->q_weight, this->scale, q, rows, sums);
-    this->columns(this->widened(this->qkv + this->at(head, 1), stride, N, copy), N, this->k_weight, T{1}, k, width, norms);
+    this->template columns<isa>(this->widened(this->qkv + this->at(head, 0) + (N - M) * stride, stride, M, copy), M, this->q_weight, this->scale, q, rows, sums);
+    this->template columns<isa>(this->widened(this->qkv + this->at(head, 1), stride, N, copy), N, this->k_weight, T{1}, k, width, norms);
     product(k, 1, width, q, rows, keys, rows, D, scores, rows);
     softmax(scores, keys, rows, largest, sums);
     for (int64_t i = 0; i < M; ++i) this->lse[head * M + i] = largest[i] + std::log(sums[i]);
@@ -258,9 +257,9 @@ struct Backward : Head<T, E> {
     const Rows<const T> x_q = this->widened(this->qkv + this->at(head, 0) + (N - M) * stride, stride, M, x_copies);
     const Rows<const T> x_k = this->widened(this->qkv + this->at(head, 1), stride, N, x_copies + M * D);
     const Rows<const T> v = this->widened(this->qkv + this->at(head, 2), stride, keys, v_copy);
-    this->columns(x_q, M, this->q_weight, this->scale, q, rows, q_inverse);
-    this->columns(x_k, N, this->k_weight, T{1}, k, width, k_inverse);
-    this->transpose(grad_out, M, g, rows);
+    this->template columns<isa>(x_q, M, this->q_weight, this->scale, q, rows, q_inverse);
+    this->template columns<isa>(x_k, N, this->k_weight, T{1}, k, width, k_inverse);
+    transpose<isa>(grad_out.data, grad_out.stride, M, D, g, rows);
     product(k, 1, width, q, rows, keys, rows, D, p, rows);
     product(v.data, v.stride, 1, g, rows, keys, rows, D, grad_scores, rows);
     grad_softmax(this->lse + head * M, M, keys, rows, p, grad_scores);
