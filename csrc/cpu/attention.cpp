@@ -2,202 +2,29 @@
 // queries, keys and values are read where the projection left them (16-bit ones are widened once: all is computed in float). One head of one image is one piece of work; its sums are in an order
 // that depends on the shape alone, so that results are the same bits on any number of threads and with any instruction set. Queries and keys are
 // transposed first and scores stand as [keys, queries]: most sums then run across vectors, and few within one.
-#include <cmath>
-#include <limits>
-#include <memory>
-#include <type_traits>
-#include <vector>
-
-#include "../common/narrow.h"
 #include "../common/tensors.h"
-#include "chunks.h"
-#include "transpose.h"
+#include "attention_bf16.h"
 
 namespace proxt2i {
 namespace {
 
-constexpr int64_t lanes = 16;  // rows of the workspace are padded to it, and it divides the width of a head
-
-constexpr int64_t padded(int64_t n) { return (n + lanes - 1) / lanes * lanes; }
-
-// At least `size` elements that belong to this thread until its next call, where a line of the cache begins.
-template <typename T>
-T* workspace(int64_t size) {
-  static thread_local std::vector<T> memory;
-  constexpr int64_t line = 64;
-  const size_t needed = static_cast<size_t>(size + line / static_cast<int64_t>(sizeof(T)));
-  if (memory.size() < needed) memory.resize(needed);
-  void* start = memory.data();
-  size_t space = memory.size() * sizeof(T);
-  return static_cast<T*>(std::align(line, static_cast<size_t>(size) * sizeof(T), start, space));
-}
-
-// exp(x) for x <= 0 (and a little above): 2^n times the polynomial of Cephes' expf.
-PROXT2I_INLINE float exponential(float x) {
-  x = x < -87.0f ? -87.0f : x;
-  const float shifted = fma(x, 1.44269504f, 12582912.0f), n = shifted - 12582912.0f;
-  const float r = fma(n, 2.12194440e-4f, fma(n, -0.693359375f, x));
-  float p = fma(1.9875691500e-4f, r, 1.3981999507e-3f);
-  p = fma(p, r, 8.3334519073e-3f);
-  p = fma(p, r, 4.1665795894e-2f);
-  p = fma(p, r, 1.6666665459e-1f);
-  p = fma(p, r, 5.0000001201e-1f);
-  return fma(p, r * r, r + 1.0f) * float_from_bits((float_bits(shifted) << 23) + 0x3f800000u);
-}
-PROXT2I_INLINE double exponential(double x) { return std::exp(x); }
-
-// c [R, W] = a [R, depth] b [depth, W]; a's elements lie row_stride and depth_stride apart, rows of b and c b_stride and c_stride.
-template <int R, int W, typename T>
-PROXT2I_INLINE void product_tile(const T* a, int64_t row_stride, int64_t depth_stride, const T* b, int64_t b_stride, int64_t depth, T* c,
-                                 int64_t c_stride) {
-  T sums[R][W] = {};
-  for (int64_t k = 0; k < depth; ++k) {
-#pragma GCC unroll 8
-    for (int r = 0; r < R; ++r) {
-      const T factor = a[r * row_stride + k * depth_stride];
-#pragma omp simd
-      for (int w = 0; w < W; ++w) sums[r][w] = fma(factor, b[k * b_stride + w], sums[r][w]);
-    }
-  }
-  for (int r = 0; r < R; ++r) {
-#pragma omp simd
-    for (int w = 0; w < W; ++w) c[r * c_stride + w] = sums[r][w];
-  }
-}
-
-template <int R, typename T>
-PROXT2I_INLINE void product_rows(const T* a, int64_t row_stride, int64_t depth_stride, const T* b, int64_t b_stride, int64_t columns,
-                                 int64_t depth, T* c, int64_t c_stride) {
-  int64_t w = 0;
-  for (; w + 2 * lanes <= columns; w += 2 * lanes) {
-    product_tile<R, 2 * lanes>(a, row_stride, depth_stride, b + w, b_stride, depth, c + w, c_stride);
-  }
-  if (w < columns) product_tile<R, lanes>(a, row_stride, depth_stride, b + w, b_stride, depth, c + w, c_stride);
-}
-
-// c [rows, columns] = a [rows, depth] b [depth, columns], columns a multiple of `lanes`.
-template <typename T>
-PROXT2I_INLINE void product(const T* a, int64_t row_stride, int64_t depth_stride, const T* b, int64_t b_stride, int64_t rows,
-                            int64_t columns, int64_t depth, T* c, int64_t c_stride) {
-  constexpr int many = std::is_same_v<T, float> ? 6 : 3;
-  int64_t r = 0;
-  for (; r + many <= rows; r += many) {
-    product_rows<many>(a + r * row_stride, row_stride, depth_stride, b, b_stride, columns, depth, c + r * c_stride, c_stride);
-  }
-  for (; r < rows; ++r) product_rows<1>(a + r * row_stride, row_stride, depth_stride, b, b_stride, columns, depth, c + r * c_stride, c_stride);
-}
-
-// The sum of term(0) ... term(count - 1), count a multiple of `lanes`.
-template <typename T, typename Term>
-PROXT2I_INLINE T sum_of(int64_t count, const Term& term) {
-  T sums[lanes] = {};
-  for (int64_t i = 0; i < count; i += lanes) {
-#pragma omp simd
-    for (int64_t lane = 0; lane < lanes; ++lane) sums[lane] += term(i + lane);
-  }
-  return sum_by_halving<lanes>(sums);
-}
-
-// T: of the computation; E: of what is stored.
-template <typename T, typename E>
-struct AttentionArgs {
-  const E* qkv;                         // [B, N, 3, H, D]
-  const int64_t* key_lengths;           // [B] or null
-  const T *q_weight, *k_weight;         // [D] or null
-  int64_t batch, tokens, heads, dim, queries;
-  T scale, norm_eps;
-  E* out;                               // [B, M, H, D]
-  T* lse;                               // [B, H, M]
-  const E* grad_out;                    // backward alone, from here on
-  E* grad_qkv;
-  T *grad_q_weight, *grad_k_weight;     // [B H, D]
-};
-
-// The numbers of a head, a row for each token, rows `stride` apart.
-template <typename T>
-struct Rows {
-  T* data;
-  int64_t stride;
-};
-
-// What forward and backward share. A "chunk" is a head of an image (see chunks.h).
-template <typename T, typename E>
-struct Head : AttentionArgs<T, E> {
-  static constexpr bool stored_alike = std::is_same_v<T, E>;
-  int64_t num_images, per_image = 1;
-
-  explicit Head(const AttentionArgs<T, E>& args) : AttentionArgs<T, E>(args), num_images(args.batch * args.heads) {}
-
-  int64_t width() const { return padded(this->tokens); }
-  int64_t token_stride() const { return 3 * this->heads * this->dim; }
-  int64_t out_stride() const { return this->heads * this->dim; }
-  // Token 0 of query, key or value (part 0, 1, 2) of this head.
-  int64_t at(int64_t head, int64_t part) const {
-    return ((head / this->heads * this->tokens * 3 + part) * this->heads + head % this->heads) * this->dim;
-  }
-  int64_t out_at(int64_t head) const { return (head / this->heads * this->queries * this->heads + head % this->heads) * this->dim; }
-  int64_t keys(int64_t head) const {
-    if (this->key_lengths == nullptr) return this->tokens;
-    return std::clamp<int64_t>(this->key_lengths[head / this->heads], 0, this->tokens);
-  }
-
-  // `count` rows for reading: x itself, or widened, to `copy`.
-  PROXT2I_INLINE Rows<const T> widened(const E* x, int64_t stride, int64_t count, T* copy) const {
-    if constexpr (stored_alike) {
-      return {x, stride};
-    } else {
-      for (int64_t j = 0; j < count; ++j) {
-#pragma omp simd
-        for (int64_t d = 0; d < this->dim; ++d) copy[j * this->dim + d] = widen(x[j * stride + d]);
-      }
-      return {copy, this->dim};
-    }
-  }
-
-  // rows of a product = a [count, depth] b [depth, dim], to x; `copy` [count, dim] takes them on the way where they have to be narrowed.
-  PROXT2I_INLINE void product_to(const T* a, int64_t row_stride, int64_t depth_stride, Rows<const T> b, int64_t count, int64_t depth, E* x, int64_t stride,
-                                 T* copy) const {
-    if constexpr (stored_alike) {
-      product(a, row_stride, depth_stride, b.data, b.stride, count, this->dim, depth, x, stride);
-    } else {
-      product(a, row_stride, depth_stride, b.data, b.stride, count, this->dim, depth, copy, this->dim);
-      for (int64_t j = 0; j < count; ++j) {
-#pragma omp simd
-        for (int64_t d = 0; d < this->dim; ++d) narrow(copy[j * this->dim + d], x[j * stride + d]);
-      }
-    }
-  }
-
-  // columns [dim, width] = inverse * weight * x, x [count, dim] transposed, where inverse [width] = factor / rms(x) (without weights: factor).
-  template <Isa isa>
-  PROXT2I_INLINE void columns(Rows<const T> x, int64_t count, const T* weight, T factor, T* columns, int64_t width, T* inverse) const {
-    transpose<isa>(x.data, x.stride, count, this->dim, columns, width);
-    for (int64_t j = 0; j < width; j += lanes) {
-      T sums[lanes] = {};
-      for (int64_t d = 0; d < this->dim && weight != nullptr; ++d) {
-#pragma omp simd
-        for (int64_t l = 0; l < lanes; ++l) sums[l] += columns[d * width + j + l] * columns[d * width + j + l];
-      }
-#pragma omp simd
-      for (int64_t l = 0; l < lanes; ++l) {
-        inverse[j + l] = weight == nullptr ? factor : factor / std::sqrt(sums[l] / static_cast<T>(this->dim) + this->norm_eps);
-      }
-    }
-    for (int64_t d = 0; d < this->dim; ++d) {
-      const T w = weight == nullptr ? T{1} : weight[d];
-#pragma omp simd
-      for (int64_t j = 0; j < width; ++j) columns[d * width + j] *= w * inverse[j];
-    }
-  }
-};
-
 template <typename T, typename E>
 struct Forward : Head<T, E> {
   using Head<T, E>::Head;
+  static constexpr bool has_bf16_products = std::is_same_v<E, bfloat16>;
 
   // Scores stand as [keys, queries], so that every sum over keys or over a head's numbers runs across vectors and not within one.
   template <Isa isa>
   PROXT2I_INLINE void chunk(int64_t head, int64_t, int64_t) const {
+    if constexpr (isa == Isa::avx512_bf16) {
+      forward_by_pairs(*this, head);
+    } else {
+      in_floats<isa>(head);
+    }
+  }
+
+  template <Isa isa>
+  PROXT2I_INLINE void in_floats(int64_t head) const {
     const int64_t M = this->queries, N = this->tokens, D = this->dim, rows = padded(M), width = this->width(), keys = this->keys(head);
     const int64_t stride = this->token_stride();
     T* q = workspace<T>((rows + 2 * width) * D + (N + 2) * rows + width);
@@ -205,48 +32,29 @@ struct Forward : Head<T, E> {
     this->template columns<isa>(this->widened(this->qkv + this->at(head, 0) + (N - M) * stride, stride, M, copy), M, this->q_weight, this->scale, q, rows, sums);
     this->template columns<isa>(this->widened(this->qkv + this->at(head, 1), stride, N, copy), N, this->k_weight, T{1}, k, width, norms);
     product(k, 1, width, q, rows, keys, rows, D, scores, rows);
-    softmax(scores, keys, rows, largest, sums);
+    this->softmax(scores, keys, rows, largest, sums);
     for (int64_t i = 0; i < M; ++i) this->lse[head * M + i] = largest[i] + std::log(sums[i]);
     const Rows<const T> v = this->widened(this->qkv + this->at(head, 2), stride, keys, copy);
     this->product_to(scores, 1, rows, v, M, keys, this->out + this->out_at(head), this->out_stride(), q);
-  }
-
-  // In place, down the columns.
-  PROXT2I_INLINE void softmax(T* scores, int64_t keys, int64_t rows, T* largest, T* sums) const {
-    for (int64_t i = 0; i < rows; i += lanes) {
-      T top[lanes], sum[lanes];
-      for (int64_t l = 0; l < lanes; ++l) top[l] = -std::numeric_limits<T>::infinity(), sum[l] = 0;
-      for (int64_t j = 0; j < keys; ++j) {
-#pragma omp simd
-        for (int64_t l = 0; l < lanes; ++l) top[l] = scores[j * rows + i + l] > top[l] ? scores[j * rows + i + l] : top[l];
-      }
-      for (int64_t j = 0; j < keys; ++j) {
-#pragma omp simd
-        for (int64_t l = 0; l < lanes; ++l) {
-          const T p = exponential(scores[j * rows + i + l] - top[l]);
-          scores[j * rows + i + l] = p;
-          sum[l] += p;
-        }
-      }
-      T inverse[lanes];
-#pragma omp simd
-      for (int64_t l = 0; l < lanes; ++l) inverse[l] = 1 / sum[l];
-      for (int64_t j = 0; j < keys; ++j) {
-#pragma omp simd
-        for (int64_t l = 0; l < lanes; ++l) scores[j * rows + i + l] *= inverse[l];
-      }
-#pragma omp simd
-      for (int64_t l = 0; l < lanes; ++l) largest[i + l] = top[l], sums[i + l] = sum[l];
-    }
   }
 };
 
 template <typename T, typename E>
 struct Backward : Head<T, E> {
   using Head<T, E>::Head;
+  static constexpr bool has_bf16_products = std::is_same_v<E, bfloat16>;
 
   template <Isa isa>
   PROXT2I_INLINE void chunk(int64_t head, int64_t, int64_t) const {
+    if constexpr (isa == Isa::avx512_bf16) {
+      backward_by_pairs(*this, head);
+    } else {
+      in_floats<isa>(head);
+    }
+  }
+
+  template <Isa isa>
+  PROXT2I_INLINE void in_floats(int64_t head) const {
     const int64_t M = this->queries, N = this->tokens, D = this->dim, rows = padded(M), width = this->width(), keys = this->keys(head);
     const int64_t stride = this->token_stride(), out_stride = this->out_stride();
     T* q = workspace<T>((2 * rows + width + 2 * M + 2 * N) * D + (2 * N + 1) * rows + width + (this->stored_alike ? 0 : (2 * M + 2 * N) * D));
@@ -262,7 +70,7 @@ struct Backward : Head<T, E> {
     transpose<isa>(grad_out.data, grad_out.stride, M, D, g, rows);
     product(k, 1, width, q, rows, keys, rows, D, p, rows);
     product(v.data, v.stride, 1, g, rows, keys, rows, D, grad_scores, rows);
-    grad_softmax(this->lse + head * M, M, keys, rows, p, grad_scores);
+    this->grad_softmax(this->lse + head * M, M, keys, rows, p, grad_scores);
     std::fill(p + keys * rows, p + N * rows, T{0});
     std::fill(grad_scores + keys * rows, grad_scores + N * rows, T{0});
     normalized(x_q, M, this->q_weight, q_inverse, q_rows);
@@ -276,27 +84,6 @@ struct Backward : Head<T, E> {
     }
     unnormalized(head, 0, N - M, M, x_q, this->q_weight, this->scale, q_inverse, grad_q, this->grad_q_weight);
     unnormalized(head, 1, 0, N, x_k, this->k_weight, T{1}, k_inverse, grad_k, this->grad_k_weight);
-  }
-
-  // p: from scores to probabilities; grad_scores: from the gradient of those to that of the scores. Both in place, [keys, rows].
-  PROXT2I_INLINE void grad_softmax(const T* lse, int64_t M, int64_t keys, int64_t rows, T* p, T* grad_scores) const {
-    for (int64_t i = 0; i < rows; i += lanes) {
-      T log_sums[lanes], deltas[lanes] = {};
-      for (int64_t l = 0; l < lanes; ++l) log_sums[l] = i + l < M ? lse[i + l] : T{0};
-      for (int64_t j = 0; j < keys; ++j) {
-        T *p_row = p + j * rows + i, *grad_row = grad_scores + j * rows + i;
-#pragma omp simd
-        for (int64_t l = 0; l < lanes; ++l) {
-          p_row[l] = exponential(p_row[l] - log_sums[l]);
-          deltas[l] += p_row[l] * grad_row[l];
-        }
-      }
-      for (int64_t j = 0; j < keys; ++j) {
-        T *p_row = p + j * rows + i, *grad_row = grad_scores + j * rows + i;
-#pragma omp simd
-        for (int64_t l = 0; l < lanes; ++l) grad_row[l] = p_row[l] * (grad_row[l] - deltas[l]);
-      }
-    }
   }
 
   // rows [count, dim] = inverse * weight * x, one token after the other.

@@ -1,7 +1,8 @@
 // CPU kernels run chunk by chunk: a chunk never crosses an image, so that it has one seed, and what a kernel keeps of it stays in the
 // L1 cache. A kernel is a struct with num_images, per_image and a member
 //   template <Isa isa> void chunk(int64_t image, int64_t offset, int64_t length) const;   elements offset ... offset + length - 1
-// which is compiled once for each instruction set: everything it calls must be PROXT2I_INLINE.
+// which is compiled once for each instruction set: everything it calls must be PROXT2I_INLINE. avx512_bf16 is the same as avx512 to a kernel
+// unless it has a member `has_bf16_products` that is true.
 #pragma once
 
 #include <algorithm>
@@ -68,10 +69,10 @@ static PROXT2I_INLINE void run_chunks(const Kernel& kernel, int64_t begin, int64
 }
 
 #if defined(__x86_64__)
-template <typename Kernel>
+template <Isa isa, typename Kernel>
 __attribute__((target("avx512f,avx512dq,avx512bw,avx512vl,fma"))) void run_chunks_avx512(const Kernel& kernel, int64_t begin,
                                                                                          int64_t end) {
-  run_chunks<Isa::avx512>(kernel, begin, end);
+  run_chunks<isa>(kernel, begin, end);
 }
 template <typename Kernel>
 __attribute__((target("avx2,fma"))) void run_chunks_avx2(const Kernel& kernel, int64_t begin, int64_t end) {
@@ -90,7 +91,10 @@ void run_parallel(const Kernel& kernel) {
   auto* run = run_chunks_baseline<Kernel>;
 #if defined(__x86_64__)
   const Isa isa = current_isa();
-  if (isa == Isa::avx512) run = run_chunks_avx512<Kernel>;
+  if (isa >= Isa::avx512) run = run_chunks_avx512<Isa::avx512, Kernel>;
+  if constexpr (requires { requires Kernel::has_bf16_products; }) {
+    if (isa == Isa::avx512_bf16) run = run_chunks_avx512<Isa::avx512_bf16, Kernel>;
+  }
   if (isa == Isa::avx2) run = run_chunks_avx2<Kernel>;
 #endif
   torch::stable::parallel_for(0, num_chunks, chunks_per_thread, [&](int64_t begin, int64_t end) { run(kernel, begin, end); });

@@ -1,12 +1,15 @@
 #include "isa.h"
 
+#include <algorithm>
 #include <atomic>
+#include <iterator>
 #include <stdexcept>
 
 namespace proxt2i {
 namespace {
 
-const char* const names[] = {"baseline", "avx2", "avx512"};
+const char* const names[] = {"baseline", "avx2", "avx512", "avx512_bf16"};
+constexpr Isa best_first[] = {Isa::avx512_bf16, Isa::avx512, Isa::avx2, Isa::baseline};
 
 bool supported(Isa isa) {
 #if defined(__x86_64__)
@@ -15,13 +18,13 @@ bool supported(Isa isa) {
     return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512bw") &&
            __builtin_cpu_supports("avx512vl");
   }
+  if (isa == Isa::avx512_bf16) return supported(Isa::avx512) && __builtin_cpu_supports("avx512bf16");
 #endif
   return isa == Isa::baseline;
 }
 
 Isa best() {
-  if (supported(Isa::avx512)) return Isa::avx512;
-  return supported(Isa::avx2) ? Isa::avx2 : Isa::baseline;
+  return *std::find_if(std::begin(best_first), std::end(best_first), supported);
 }
 
 std::atomic<Isa>& current() {
@@ -37,14 +40,14 @@ std::string isa_name(Isa isa) { return names[static_cast<int>(isa)]; }
 
 std::vector<std::string> supported_isas() {
   std::vector<std::string> result;
-  for (const Isa isa : {Isa::avx512, Isa::avx2, Isa::baseline}) {
+  for (const Isa isa : best_first) {
     if (supported(isa)) result.push_back(isa_name(isa));
   }
   return result;
 }
 
 void use_isa(const std::string& name) {
-  for (const Isa isa : {Isa::avx512, Isa::avx2, Isa::baseline}) {
+  for (const Isa isa : best_first) {
     if (isa_name(isa) == name && supported(isa)) {
       current().store(isa, std::memory_order_relaxed);
       return;

@@ -7,7 +7,7 @@
 
 namespace proxt2i {
 
-enum class Isa { baseline, avx2, avx512 };
+enum class Isa { baseline, avx2, avx512, avx512_bf16 };
 
 Isa current_isa();
 std::vector<std::string> supported_isas();  // best first
