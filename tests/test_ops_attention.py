@@ -2,6 +2,7 @@
 and on a GPU below."""
 
 import importlib
+import itertools
 import math
 
 import pytest
@@ -126,17 +127,20 @@ def cpu_case(shape, queries, lengths, normalised, dtype, of=None):
 @pytest.mark.parametrize("normalised", [False, True], ids=["plain", "qk-norm"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("shape, queries, lengths", CPU_CASES)
-def test_cpu_operator_is_as_exact_as_plain_torch(shape, queries, lengths, normalised, dtype):
-    """float64: the reference's numbers. Others: at most twice the error of the reference in the same dtype, gradients too."""
+def test_cpu_operator_is_as_exact_as_plain_torch(restore_cpu, shape, queries, lengths, normalised, dtype):  # noqa: F811
+    """float64: the reference's numbers. Others: at most twice the error of the reference in the same dtype, gradients too, with any instruction
+    set."""
     exact = cpu_case(shape, queries, lengths, normalised, torch.float64, of=dtype)
     torch.testing.assert_close(exact("native"), exact("ref"), rtol=1e-12, atol=1e-13)
     run = cpu_case(shape, queries, lengths, normalised, dtype)
-    for native, plain, wanted in zip(run("native"), run("ref"), exact("ref")):
-        assert native.dtype == plain.dtype
-        if wanted.numel():
-            error, allowed = (native - wanted).abs(), (plain - wanted).abs()
-            floor = {torch.float32: 1e-6}.get(dtype, torch.finfo(dtype).eps / 2) * wanted.abs().max()
-            assert error.max() <= 2 * allowed.max() + floor and error.mean() <= 2 * allowed.mean() + floor
+    for isa in _C.build_info()["cpu_isas"]:
+        _C.use_cpu_isa(isa)
+        for native, plain, wanted in zip(run("native"), run("ref"), exact("ref"), strict=True):
+            assert native.dtype == plain.dtype
+            if wanted.numel():
+                error, allowed = (native - wanted).abs(), (plain - wanted).abs()
+                floor = {torch.float32: 1e-6}.get(dtype, torch.finfo(dtype).eps / 2) * wanted.abs().max()
+                assert error.max() <= 2 * allowed.max() + floor and error.mean() <= 2 * allowed.mean() + floor, isa
 
 
 def test_cpu_operator_is_chosen_for_short_sequences(monkeypatch):
@@ -150,19 +154,32 @@ def test_cpu_operator_is_chosen_for_short_sequences(monkeypatch):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_cpu_operator_gives_the_same_bits_on_any_threads_and_instruction_set(restore_cpu, dtype):  # noqa: F811
-    run = cpu_case(*CPU_CASES[0], True, dtype)
-    first = run("native")
-    torch.set_num_threads(3)
+    """But for bfloat16 with avx512_bf16, whose products are of rounded numbers."""
+    run, first = cpu_case((12, 42, 4, 32), 42, None, True, dtype), {}  # 48 heads, at least 16 for each thread
+    for isa, threads in itertools.product(_C.build_info()["cpu_isas"], (1, 3)):
+        _C.use_cpu_isa(isa)
+        torch.set_num_threads(threads)
+        result = run("native")
+        wanted = first.setdefault(isa == "avx512_bf16" and dtype == torch.bfloat16, result)
+        assert all(torch.equal(a, b) for a, b in zip(result, wanted)), (isa, threads)
+    if len(first) == 2:
+        assert not torch.equal(first[True][0], first[False][0])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_cpu_operator_passes_on_what_is_not_a_number_and_nothing_else(restore_cpu, dtype):  # noqa: F811
+    qkv = packed(dim=16, dtype=dtype)
+    qkv[0, 3, 0, 1, 5] = math.nan  # a query
+    qkv[1, 7:, 1:] = math.nan      # beyond the length
+    lengths, weights = torch.tensor([9, 7]), [torch.ones(16, requires_grad=True) for _ in range(2)]
     for isa in _C.build_info()["cpu_isas"]:
         _C.use_cpu_isa(isa)
-        assert all(torch.equal(a, b) for a, b in zip(run("native"), first)), isa
-
-
-def test_cpu_operator_passes_on_what_is_not_a_number():
-    qkv = packed(dim=16)
-    qkv[0, 3, 0, 1, 5] = math.nan
-    bad = attention(qkv, impl="native").isnan()
-    assert bad[0, 3, 1].all() and bad.sum() == 16
+        for norm in ({}, dict(zip(("q_weight", "k_weight"), weights), norm_eps=0.0)):
+            leaf = qkv.clone().requires_grad_()
+            out = attention(leaf, key_lengths=lengths, impl="native", **norm)
+            assert out[0, 3, 1].isnan().all() and out.isnan().sum() == 16, isa
+            grad = torch.autograd.grad(out, leaf, torch.ones_like(out))[0].isnan()
+            assert grad[0, :, 1, 1].any() and not grad[0, :, :, [0, 2]].any() and not grad[1, :7].any(), isa
 
 
 def test_cpu_operator_passes_opcheck_and_gradcheck():

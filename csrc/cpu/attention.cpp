@@ -1,7 +1,8 @@
 // Attention on packed qkv for short sequences on a CPU, as csrc/cuda/attention_*.cu: all of a head's scores lie in the cache at once, and
-// queries, keys and values are read where the projection left them (16-bit ones are widened once: all is computed in float). One head of one image is one piece of work; its sums are in an order
-// that depends on the shape alone, so that results are the same bits on any number of threads and with any instruction set. Queries and keys are
-// transposed first and scores stand as [keys, queries]: most sums then run across vectors, and few within one.
+// queries, keys and values are read where the projection left them (16-bit ones are widened once: all is computed in float). One head of one image
+// is one piece of work; its sums are in an order that depends on the shape alone, so that results are the same bits on any number of threads and
+// with any instruction set, but for bfloat16 with avx512_bf16, which has passes of its own (attention_bf16.h). Queries and keys are transposed
+// first and scores stand as [keys, queries]: most sums then run across vectors, and few within one.
 #include "../common/tensors.h"
 #include "attention_bf16.h"
 

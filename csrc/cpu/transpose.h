@@ -1,7 +1,7 @@
 // Transposition of 32-bit words, in blocks of 8 x 8 where the machine has AVX2.
 #pragma once
 
-#include <algorithm>
+#include <cstring>
 #include <type_traits>
 
 #include "chunks.h"
@@ -40,7 +40,7 @@ __attribute__((target("avx2"), noinline)) void transpose_blocks(const float* row
   for (; j < width; j += 8) {
     alignas(32) float block[8][8] = {};
     for (int64_t d = 0; d < dim; d += 8) {
-      for (int64_t i = j; i < count; ++i) std::copy_n(rows + i * stride + d, 8, block[i - j]);
+      for (int64_t i = j; i < count; ++i) std::memcpy(block[i - j], rows + i * stride + d, sizeof(block[0]));
       transpose_block(block[0], 8, columns + d * width + j, width);
     }
   }

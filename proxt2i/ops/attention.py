@@ -6,8 +6,8 @@ With weights, q and k are RMS-normalised over each head first (QK-norm): q -> q_
 
 Three implementations: `ref` (plain torch, exact in the input's dtype), `sdpa` (torch's scaled_dot_product_attention with whatever backend it
 picks; on GPUs after csrc/cuda/qkv_norm.cu, if there are weights) and `native`: on GPUs csrc/cuda/attention_*.cu (bfloat16 and float16, heads of 64,
-72 and 128), on CPUs csrc/cpu/attention.cpp (heads of
-a multiple of 16). On a GPU `attention_table.json`, written by benchmarks/attention.py from measurements, says which of the last two a shape gets;
+72 and 128), on CPUs csrc/cpu/attention.cpp (heads of a multiple of 16; bfloat16 has other bits where the CPU multiplies it, with the
+instruction set "avx512_bf16"). On a GPU `attention_table.json`, written by benchmarks/attention.py from measurements, says which of the last two a shape gets;
 what it does not name is torch's. On a CPU short sequences are native.
 """
 
@@ -26,7 +26,7 @@ TABLE = Path(__file__).with_name("attention_table.json")
 HEAD_DIMS = (64, 72, 128)
 HALVES = (torch.bfloat16, torch.float16)
 CPU_TOKENS = 256  # up to here the native CPU kernels are preferred: a head's scores fit into the cache
-CPU_IS_FAST = cpu_isa() in ("avx2", "avx512")
+CPU_IS_FAST = cpu_isa() not in (None, "baseline")
 IMPLS = (None, "native", "sdpa", "ref")
 
 

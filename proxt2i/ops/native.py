@@ -25,7 +25,7 @@ def native_available(device: str = "cpu") -> bool:
 
 
 def cpu_isa() -> str | None:
-    """The instruction set that the CPU kernels use ("avx512", "avx2" or "baseline"), or None where they are not built."""
+    """The instruction set that the CPU kernels use ("avx512_bf16", "avx512", "avx2" or "baseline"), or None where they are not built."""
     return None if _C is None else _C.build_info()["cpu_isa"]
 
 
