@@ -30,7 +30,7 @@ PROXT2I_INLINE void load_columns(const Bf16Head& a, const bfloat16* q, const bfl
 
 PROXT2I_INLINE void forward_by_pairs(const Bf16Head& a, int64_t head) {
   const int64_t M = a.queries, N = a.tokens, D = a.dim, rows = padded(M), width = a.width(), keys = a.keys(head), stride = a.token_stride();
-  float* scores = workspace<float>((N + 3) * rows + width);
+  float* scores = workspace<float>((N + 2) * rows + width);
   float *largest = scores + N * rows, *sums = largest + rows;
   pairs::Word* p = workspace<pairs::Word>(half(N) * (rows + D) + (rows + width) * D / 2);
   pairs::Word *v = p + half(N) * rows, *q = v + half(N) * D;
