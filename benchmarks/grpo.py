@@ -1,8 +1,8 @@
 """Times GRPO: images/s (drawn, decoded, scored and trained on) of our trainer against a published one's loop.
 
-    python benchmarks/grpo.py [--rounds 12] [--device cuda] [--network B] [--out FILE.json]
+    python benchmarks/grpo.py [--rounds 12] [--precision bf16] [--device cuda] [--network B] [--out FILE.json]
 
-Portraits, the shipped U-ViT and PickScore's tiny CLIP, 4 steps (3 trained transitions), the last one guided, fp32. A step is a rollout of 64 images
+Portraits, the shipped U-ViT and PickScore's tiny CLIP, 4 steps (3 trained transitions), the last one guided, fp32 or bf16. A step is a rollout of 64 images
 (4 prompts x 16) in 2 updates of 32, in micro-batches of 32. Every contestant is a process of its own with one thread; all are bound to one core and asked in
 turn for one step, in a new order every round, so that other work on the machine hits them alike. A figure is the median over the rounds of the ratio within
 a round, with the quartiles. On a GPU: bf16, no process is bound to a core, and by default U-ViT-B (random weights) draws 256 x 256 pixels. "cpu" ratios are of processor seconds, which other work moves less.
@@ -11,9 +11,10 @@ ours          GrpoTrainer under ZeRO-2 on one rank: rollout, rewards in their th
 plain         benchmarks/plain_grpo.py: flow_grpo's loop with the two branches of guidance one after the other and PNGs between sampler and reward
 plain-batched the same with guidance in one batch and rewards that read tensors, which is how flow_grpo's own script does it for local rewards
 Alike: the function that the network computes and its weights, text encoder, VAE, reward, plan, numbers of images, precision, threads, a reference for
-the KL divergence, gradient clipping, an average of the weights every update, attention by one fused operation (ours: native; plain: torch's).
+the KL divergence, gradient clipping, an average of the weights every update, attention by one fused operation (ours: native; plain: torch's, but products and a softmax in bf16 on a CPU, where torch's is slower).
 Different, plain against ours: eager noise, steps, log densities and loss against one fused operation each; numbers read at every step; AdamW over
-parameters against flat slices; all tokens in the last block against the image tokens; the prompt of a picture encoded for every picture against once a group.
+parameters against flat slices; all tokens in the last block against the image tokens; the prompt of a picture encoded for every picture against once a group; in bf16, rollouts
+decoded in fp32 (as flow_grpo has its VAE) against bf16.
 Ours does besides: noise as a function of seed and position, outputs of the old policy kept for exact ratios, spike guard, stop signals, statistics.
 """
 
@@ -32,6 +33,7 @@ from contest import Contestant, machine, spread, take_turns  # noqa: E402
 from plain_grpo import PlainGrpo  # noqa: E402
 from timing import write_result  # noqa: E402
 
+from proxt2i.config import PRECISIONS  # noqa: E402
 from proxt2i.embedded import SHIPPED_MODEL  # noqa: E402
 from proxt2i.entry import keep_freed_memory  # noqa: E402
 from proxt2i.grpo_config import load_config  # noqa: E402
@@ -110,6 +112,7 @@ def main():
     parser.add_argument("--rounds", type=int, default=12)
     parser.add_argument("--warmup", type=int, default=1, help="steps of each contestant before the first round")
     parser.add_argument("--contestants", nargs="+", choices=MAKERS, default=["ours", "plain", "plain-batched"])
+    parser.add_argument("--precision", choices=PRECISIONS, default="auto", help="train.precision, for all")
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--network", choices=["shipped", *PRESETS], help="default: the shipped U-ViT, on a GPU one of the size of B")
     parser.add_argument("--out", type=Path, help="write the result as JSON")
@@ -117,7 +120,7 @@ def main():
     on_gpu = args.device == "cuda"
     network = args.network or ("B" if on_gpu else "shipped")
     with tempfile.TemporaryDirectory() as folder:
-        overrides = [] if network == "shipped" else [f"model.init_from={write_network(Path(folder) / network, network)}"]
+        overrides = [f"train.precision={args.precision}"] + ([] if network == "shipped" else [f"model.init_from={write_network(Path(folder) / network, network)}"])
         contestants = []
         for name in args.contestants:
             make, more = MAKERS[name]

@@ -33,7 +33,7 @@ class PlainGrpo:
         self.text_encoder, self.codec, self.reward, self.policy, self.captions = text_encoder, codec, reward, policy, captions
         self.batch, self.updates, self.per_update, self.group_size, self.apart = batch, updates, per_update, group_size, apart
         self.device, self.bf16 = uvit.position.device, False  # fp32 for the check below
-        self.model = PlainUViT(uvit, fused=True).to(self.device)
+        self.model = PlainUViT(uvit, fused=not (bf16 and self.device.type == "cpu")).to(self.device)  # the faster of the two for a plain loop
         self.schedule, self.shape = uvit.schedule, (uvit.config.in_channels, uvit.config.sample_size, uvit.config.sample_size)
         self.reference = copy.deepcopy(self.model).requires_grad_(False)
         self.ema = copy.deepcopy(self.model).requires_grad_(False)
