@@ -7,6 +7,7 @@ matching   a training example and its loss. fused: noised_pair and prox_matching
 log-ratio  likelihood ratio of a transition (guided network outputs, noise drawn again from seeds) and the divergence from a reference
            network. fused: transition_log_ratio. eager: the means of the three networks, torch.distributions.Normal's log_prob of the
            stored next state under the new and the old one, kl_divergence from the third. "without kl": no reference network
+gelu       of float32 and bfloat16 tensors, on a CPU alone. eager: torch.nn.functional.gelu
 
 Backward gives the gradients of the network outputs. Fused and eager take turns, so that other work on the machine hits them alike;
 times are medians. Ratios are times divided by the fused one's.
@@ -19,7 +20,7 @@ from prox_step import measure
 from timing import operator_arguments, ran_on, write_result
 from torch.distributions import Normal, kl_divergence
 
-from proxt2i.ops import noised_pair, prox_matching_loss, transition_log_ratio
+from proxt2i.ops import gelu, noised_pair, prox_matching_loss, transition_log_ratio
 
 GUIDANCE, ZETA = 2.0, 1.0
 A, B, RHO, SQRT_LAM = 1.2, 0.6, 1.0, 0.8
@@ -77,11 +78,19 @@ def log_ratio(shape: tuple[int, ...], device: str, with_kl: bool, compiled: bool
     return {"fused": fused, **plain_versions(plain, (*leaves, eps_old, eps_ref, y, next_y), leaves, compiled)}
 
 
+def activation(shape: tuple[int, ...], dtype: torch.dtype) -> dict:
+    """name -> function of no arguments that applies GELU on the CPU and differentiates."""
+    x, grad = torch.randn(shape).to(dtype).requires_grad_(), torch.randn(shape).to(dtype)
+    return {name: lambda impl=impl: torch.autograd.grad(gelu(x, impl), x, grad) for name, impl in (("fused", "native"), ("eager", "torch"))}
+
+
 def main():
     args = operator_arguments(__doc__, repeats=40)
     shape = tuple(args.shape)
     cases = {"matching": matching(shape, args.device), "log-ratio": log_ratio(shape, args.device, True),
              "log-ratio without kl": log_ratio(shape, args.device, False)}
+    if args.device == "cpu":
+        cases |= {"gelu float32": activation(shape, torch.float32), "gelu bfloat16": activation(shape, torch.bfloat16)}
     result = ran_on(args) | {"median_ms": {}, "min_ms": {}, "ratio": {}}
     for name, functions in cases.items():
         times = measure(functions, args.repeats, args.device, args.cpu_time)

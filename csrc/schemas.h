@@ -18,6 +18,8 @@ void define_ops(Library& m) {
   m.def(
       "qkv_norm_backward(Tensor grad_q, Tensor grad_k, Tensor grad_v, Tensor qkv, Tensor q_weight, Tensor k_weight, float norm_eps) "
       "-> (Tensor, Tensor, Tensor)");
+  m.def("gelu(Tensor x) -> Tensor");
+  m.def("gelu_backward(Tensor grad, Tensor x) -> Tensor");
   m.def("philox_normal(Tensor seeds, int step, int count) -> Tensor");
   m.def(
       "transition_log_ratio(Tensor eps_cond, Tensor? eps_uncond, Tensor eps_old, Tensor? eps_ref, Tensor? noise, Tensor? seeds, "

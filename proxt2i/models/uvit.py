@@ -19,7 +19,7 @@ from torch.utils.checkpoint import checkpoint
 
 from ..diffusion.precondition import precondition
 from ..diffusion.schedule import VPSchedule
-from ..ops import attention
+from ..ops import attention, gelu
 
 LAMBDA_FLOOR = 1e-4  # lambda below it (the score baseline passes 0) reads as this value; plans stay far above
 
@@ -80,7 +80,7 @@ class Mlp(nn.Module):
         self.fc2 = nn.Linear(hidden_dim, dim)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.fc2(F.gelu(self.fc1(x)))
+        return self.fc2(gelu(self.fc1(x)))
 
 
 class LongSkip(nn.Linear):
