@@ -2,7 +2,7 @@
 
     python benchmarks/train.py [--rounds 15] [--seconds 1.5] [--parts speed ranks wait] [--out FILE.json]
 
-Portraits, the U-ViT that ships, batch 64, fp32. Every contestant is a process of its own with one thread, bound to one core; they are asked in turn,
+Portraits, the U-ViT that ships, batch 64, fp32 or (--precision bf16) bf16 autocast. Every contestant is a process of its own with one thread, bound to one core; they are asked in turn,
 a second or two each, in a new order every round, so that other work on the machine hits them alike. A figure is the median over the rounds of
 the ratio within a round, with the quartiles. "cpu" ratios are of processor seconds, which other work moves less.
 
@@ -15,7 +15,7 @@ speed   one core, one contestant at a time
         batch; precision; threads; caption dropout; gradient clipping; an average of the weights every step.
         Different, plain against ours: eager noise and loss against one fused operation each; torch's AdamW loop over parameters, against DeepSpeed's flat
         slices with fused AdamW and Muon; an average and its loop against one call; all tokens in the last block against the image tokens; a
-        concatenation before the long skip's product against two products; freed memory given back to the system, against memory
+        concatenation before the long skip's product against two products; torch's GELU against ours; freed memory given back to the system, against memory
         that is kept; loss and gradient norm read every step against the norm alone.
         Ours does besides: noise as a function of seed and position, preconditioning and pair weights, losses by step, spike guard, stop signals.
 ranks   one job of two ranks (one core each, 32 images each a step) against two jobs of one rank with batch 32 that run at the same time on the
@@ -81,7 +81,7 @@ def ours(folder: Path, name: str, *overrides: str):
 
 def plain(folder: Path, name: str, fused: bool, bf16: bool):
     """A function that makes one step of the plain loop, on the same latents and embeddings."""
-    trainer = make_trainer(folder, name, [])
+    trainer = make_trainer(folder, name, [f"train.precision={'bf16' if bf16 else 'fp32'}"])
     batches = [trainer.feed.next() for _ in range(NUM_IMAGES // BATCH)]  # every image once
     latents, *text = (torch.cat(parts) for parts in zip(*([batch.latents, *batch.text] for batch in batches)))
     return PlainTrainer(trainer.uvit, latents, text, trainer.feed.null_text, BATCH, fused, bf16).step
@@ -110,12 +110,12 @@ def measure_speed(folder: Path, args) -> dict:
 
 
 def measure_ranks(folder: Path, args) -> dict:
-    half = f"train.batch_size={BATCH // 2}"
-    alone = Contestant(folder, "alone", ours, [("alone-0", half)], [0])  # one after the other: the first encodes the data
+    half, precision = f"train.batch_size={BATCH // 2}", f"train.precision={args.precision}"
+    alone = Contestant(folder, "alone", ours, [("alone-0", half, precision)], [0])  # one after the other: the first encodes the data
     alone.wait()
-    other = Contestant(folder, "alone", ours, [("alone-1", half)], [1]).wait()
+    other = Contestant(folder, "alone", ours, [("alone-1", half, precision)], [1]).wait()
     alone.pipes, alone.processes = alone.pipes + other.pipes, alone.processes + other.processes
-    job = Contestant(folder, "job", ours, [("job",), ("job",)], [0, 1], one_job=True).wait()
+    job = Contestant(folder, "job", ours, [("job", precision), ("job", precision)], [0, 1], one_job=True).wait()
     rounds = take_turns([alone, job], args.rounds, args.seconds)
     alone.close()
     job.close()
@@ -128,7 +128,7 @@ def measure_wait(folder: Path, args) -> dict:
     run_dir = folder / "demo"
     command = ["deepspeed", "--num_gpus", "2", "--master_port", str(distributed._free_port()), "proxt2i/train.py", "--deepspeed", "configs/zero2.json",
                "--config", "configs/demo.yaml", f"data.portraits_dir={folder}/portraits", f"data.cache_dir={folder}/latents",
-               f"train.run_dir={run_dir}", f"train.images={args.wait_images}", "optim.warmup_images=640"]
+               f"train.run_dir={run_dir}", f"train.precision={args.precision}", f"train.images={args.wait_images}", "optim.warmup_images=640"]
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     done = subprocess.run(command, cwd=ROOT, env=os.environ | {"PATH": path}, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     if done.returncode:
@@ -144,7 +144,7 @@ def main():
     parser.add_argument("--seconds", type=float, default=1.5, help="of a contestant's turn")
     parser.add_argument("--parts", nargs="+", choices=["speed", "ranks", "wait"], default=["speed", "ranks", "wait"])
     parser.add_argument("--contestants", nargs="+", default=["muon", "adamw", "compiled", "plain", "plain-sdpa"], help="of part speed")
-    parser.add_argument("--precision", choices=["fp32", "bf16"], default="fp32", help="of part speed: bf16 is autocast, for both")
+    parser.add_argument("--precision", choices=["fp32", "bf16"], default="fp32", help="bf16 is autocast, for all")
     parser.add_argument("--wait-images", type=int, default=12_800, help="length of part wait's run")
     parser.add_argument("--out", type=Path, help="write the result as JSON")
     args = parser.parse_args()

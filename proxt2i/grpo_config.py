@@ -92,7 +92,7 @@ class TrainConfig:
     seed: int = 0  # seed of prompt order and sampling noise
     images: int = 10_240  # length of the run (images drawn)
     micro_batch: Optional[int] = None  # images per forward pass and rank in the update; null: 64 or fewer; any gives the same update
-    precision: str = "auto"  # fp32, bf16 (autocast; parameters stay fp32), or auto: bf16 on GPUs, and on CPUs with instructions for it
+    precision: str = "auto"  # fp32, bf16 (autocast, of the VAE's decoder in rollouts too; parameters stay fp32), or auto: bf16 on GPUs, and on CPUs with instructions for it
     compile: bool = False  # torch.compile every block; ZeRO stages 1 and 2
     threads: int = 0  # CPU threads per rank; 0: cores / ranks on this machine
     max_bad_steps: int = 20  # stop after this many steps in a row with a non-finite gradient or a spike (each is skipped)

@@ -140,7 +140,7 @@ def test_cpu_operator_is_as_exact_as_plain_torch(restore_cpu, shape, queries, le
             if wanted.numel():
                 error, allowed = (native - wanted).abs(), (plain - wanted).abs()
                 floor = {torch.float32: 1e-6}.get(dtype, torch.finfo(dtype).eps / 2) * wanted.abs().max()
-                assert error.max() <= 2 * allowed.max() + floor and error.mean() <= 2 * allowed.mean() + floor, isa
+                assert error.max() <= 2 * allowed.max() + floor and error.mean() <= 2 * allowed.mean() + floor / 20, isa
 
 
 def test_cpu_operator_is_chosen_for_short_sequences(monkeypatch):

@@ -20,6 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch.utils.flop_counter import register_flop_formula
 
+from proxt2i.ops.checks import FLOATS
 from proxt2i.ops.native import cpu_isa, native_available
 
 TABLE = Path(__file__).with_name("attention_table.json")
@@ -104,7 +105,7 @@ def why_not_native(qkv: torch.Tensor) -> str | None:
     if not native_available(qkv.device.type):
         return f"the native kernels are not built for {qkv.device.type}"
     if qkv.device.type == "cpu":
-        fits = qkv.is_floating_point() and qkv.shape[-1] % 16 == 0 and qkv.shape[-1] > 0
+        fits = qkv.dtype in FLOATS and qkv.shape[-1] % 16 == 0 and qkv.shape[-1] > 0
         return None if fits else f"on a CPU the native kernels take heads of a multiple of 16, not {qkv.dtype} and {qkv.shape[-1]}"
     if qkv.dtype not in HALVES or qkv.shape[-1] not in HEAD_DIMS:
         return f"the native kernels take bfloat16 or float16 and heads of {HEAD_DIMS}, not {qkv.dtype} and {qkv.shape[-1]}"

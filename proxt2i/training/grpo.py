@@ -97,7 +97,7 @@ class GrpoTrainer(Run):
         self.meter = GrpoMeter(ranks, flops, train.peak_tflops)
         self.evaluate = Evaluator(config, self.roller) if config.guard.every else None
         adapters = f" and {sum(s.numel() for s in self.partition.shapes.values()) / 1e6:.2f} M of adapters, which alone are trained" if self.lora else ""
-        self._say(f"{num_params / 1e6:.2f} M parameters{adapters}, {ranks.world_size} rank(s) on {ranks.device.type}, {len(self.prompts):,} prompts, "
+        self._say(f"{num_params / 1e6:.2f} M parameters{adapters}, {ranks.world_size} rank(s) on {ranks.device.type}, {'bf16 autocast' if self.bf16 else 'fp32'}, {len(self.prompts):,} prompts, "
                   f"a rollout is {self.roller.images:,} images in {config.rollout.updates} update(s), micro-batches of {self.micro_batch}")
         self.open_run_folder()
 

@@ -52,7 +52,7 @@ class Evaluator:
         seeds = torch.from_numpy(sample_seeds(self.config.train.seed, positions)).to(roller.ranks.device)
         for _, _, x0 in roller.policy.states(roller.eps_fn(network, roller.text_encoder(prompts)), roller.shape, seeds):
             pass
-        decoded = roller.codec.decode(x0)
+        decoded = roller.codec.decode(x0)  # in fp32, as users' pictures
         pictures = decoded.add(1).div(2)
         diversity = {"latents": variances(x0, size), "pictures": variances(coarse(pictures), size)}
         if self.judge is not None:

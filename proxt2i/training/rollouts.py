@@ -77,7 +77,7 @@ class Roller:
         return prox_from_eps(eps_fn, self.policy.plan.schedule) if is_prox_of_score else eps_fn
 
     def pictures(self, x0: Tensor) -> Tensor:
-        """As rewards see them, [B, 3, H, W] in [0, 1]: decoded in the run's dtype. Differentiable."""
+        """As a rollout's rewards see them, [B, 3, H, W] in [0, 1]: decoded in the run's dtype. Differentiable."""
         return self.codec.decode(x0, self.dtype).add(1).div(2)
 
     def positions(self) -> np.ndarray:

@@ -44,6 +44,9 @@ class Run:
             spikes = self.checkpoint.state.get("spikes") or self.checkpoint.state["guard"]
         self.spikes = SpikeGuard(config.optim.spike, **spikes)
         self.bf16 = all(gather_objects(engines.runs_in_bf16(train.precision, ranks.device)))  # alike on all ranks
+        if self.checkpoint and self.checkpoint.state.get("bf16", self.bf16) != self.bf16:
+            self._say(f"changed: {self.checkpoint.folder} was trained in {'fp32' if self.bf16 else 'bf16'}, this run goes on in {'bf16' if self.bf16 else 'fp32'}, "
+                      "not to the same bits; train.precision chooses")
 
     def start_engine(self, deepspeed_json: dict, batches: TrainConfig, saved: SavedState | None) -> None:
         """Wrap `self.uvit`, its weights in place, for training; optimizer state and averages are those of `saved`. Collective.
@@ -118,7 +121,7 @@ class Run:
 
     def save(self) -> None:
         """Write a checkpoint. Collective."""
-        state = {"images_seen": self.images_seen, "world_size": self.ranks.world_size, "spikes": self.spikes.state(),
+        state = {"images_seen": self.images_seen, "world_size": self.ranks.world_size, "spikes": self.spikes.state(), "bf16": self.bf16,
                  "config": asdict(self.config), "network": dict(self.uvit.config), **self._own_state()}
         self.saved = self.store.save(state, lambda folder: write_rank(folder, self.partition, self.ema, self.optimizer))
         self.saved_at = self.images_seen
