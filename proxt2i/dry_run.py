@@ -114,7 +114,8 @@ def memory(uvit: UViT2DModel, config: Config, zero: dict, world_size: int, micro
 
 def activation_bytes(uvit: UViT2DModel, batch: int, bf16: bool, size: tuple[int, int] | None = None) -> int:
     """What a forward pass of `batch` images keeps for the backward pass, bf16 copies of the weights included. An estimate:
-    counted on shapes, with the attention that this machine's CPU takes (native up to 256 tokens, which keeps less; else torch's) and without torch.compile. uvit: on any device, the meta device too."""
+    counted on shapes, with the attention that this machine's CPU takes (native up to 256 tokens, which keeps less; else torch's) and without
+    torch.compile. uvit: on any device, the meta device too."""
     config = uvit.config
     height, width = size or (config.sample_size, config.sample_size)
     with FakeTensorMode():
