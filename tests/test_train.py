@@ -135,6 +135,13 @@ def test_auto_is_bf16_on_cpus_with_instructions_for_it(monkeypatch, settings, ra
     assert engines.runs_in_bf16("auto", gpu) and engines.runs_in_bf16("bf16", cpu) and not engines.runs_in_bf16("fp32", gpu)
 
 
+def test_a_run_goes_on_in_the_other_precision_and_says_so(settings, ranks, tmp_path, capsys):
+    interrupted_run(settings, ranks, tmp_path / "run", 5, signal.SIGTERM)
+    resumed = make_trainer(settings, ranks, "auto", train__precision="bf16")
+    assert "was trained in fp32, this run goes on in bf16" in capsys.readouterr().out
+    assert resumed.images_seen == 80 and resumed.run() == 0 and all(w.isfinite().all() for w in weights(tmp_path / "run", 192).values())
+
+
 def test_resume_depends_on_the_optimizer_state(settings, ranks, tmp_path):
     """The equality above would be worthless if fresh moments gave it as well."""
     make_trainer(settings, ranks).run()
