@@ -269,7 +269,7 @@ def test_a_visitor_draws_compares_and_errs(browser, address, tmp_path):
     for _ in until():
         if demo.PROMPTS[0] in visitor.values("#prompt textarea"):
             break
-    browser.execute_script(WATCH)
+    visitor.attempt(lambda: browser.execute_script(WATCH))
 
     visitor.type("#prompt textarea", PROMPT)
     visitor.type("#seed textarea, #seed input", "7")
