@@ -1,6 +1,6 @@
 """Times training: images/s of our trainer against a published one's loop, and what a second rank and torch.compile are worth.
 
-    python benchmarks/train.py [--rounds 15] [--seconds 1.5] [--parts speed ranks wait] [--out FILE.json]
+    python benchmarks/train.py [--rounds 15] [--seconds 1.5] [--parts speed ranks wait] [--precision bf16] [--out FILE.json]
 
 Portraits, the U-ViT that ships, batch 64, fp32 or (--precision bf16) bf16 autocast. Every contestant is a process of its own with one thread, bound to one core; they are asked in turn,
 a second or two each, in a new order every round, so that other work on the machine hits them alike. A figure is the median over the rounds of
@@ -79,18 +79,18 @@ def ours(folder: Path, name: str, *overrides: str):
     return step
 
 
-def plain(folder: Path, name: str, fused: bool, bf16: bool):
+def plain(folder: Path, name: str, fused: bool, *overrides: str):
     """A function that makes one step of the plain loop, on the same latents and embeddings."""
-    trainer = make_trainer(folder, name, [f"train.precision={'bf16' if bf16 else 'fp32'}"])
+    trainer = make_trainer(folder, name, list(overrides))
     batches = [trainer.feed.next() for _ in range(NUM_IMAGES // BATCH)]  # every image once
     latents, *text = (torch.cat(parts) for parts in zip(*([batch.latents, *batch.text] for batch in batches)))
-    return PlainTrainer(trainer.uvit, latents, text, trainer.feed.null_text, BATCH, fused, bf16).step
+    return PlainTrainer(trainer.uvit, latents, text, trainer.feed.null_text, BATCH, fused, trainer.bf16).step
 
 
 def measure_speed(folder: Path, args) -> dict:
-    precision, bf16 = f"train.precision={args.precision}", args.precision == "bf16"
+    precision = f"train.precision={args.precision}"
     makers = {"muon": (ours, (precision,)), "adamw": (ours, (precision, "optim.name=adamw", "optim.lr=2e-3")), "compiled": (ours, (precision, "train.compile=true")),
-              "plain": (plain, (False, bf16)), "plain-sdpa": (plain, (True, bf16))}
+              "plain": (plain, (False, precision)), "plain-sdpa": (plain, (True, precision))}
     contestants = []
     for name in args.contestants:  # the first encodes the data, compilation disturbs nobody
         make, its = makers[name]

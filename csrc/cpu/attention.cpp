@@ -12,24 +12,15 @@ namespace {
 template <typename T, typename E>
 struct Forward : Head<T, E> {
   using Head<T, E>::Head;
-  static constexpr bool has_bf16_products = std::is_same_v<E, bfloat16>;
 
   // Scores stand as [keys, queries], so that every sum over keys or over a head's numbers runs across vectors and not within one.
   template <Isa isa>
   PROXT2I_INLINE void chunk(int64_t head, int64_t, int64_t) const {
-    if constexpr (isa == Isa::avx512_bf16) {
-      forward_by_pairs(*this, head);
-    } else {
-      in_floats<isa>(head);
-    }
-  }
-
-  template <Isa isa>
-  PROXT2I_INLINE void in_floats(int64_t head) const {
+    if constexpr (isa == Isa::avx512_bf16) return forward_by_pairs(*this, head);
     const int64_t M = this->queries, N = this->tokens, D = this->dim, rows = padded(M), width = this->width(), keys = this->keys(head);
     const int64_t stride = this->token_stride();
-    T* q = workspace<T>((rows + 2 * width) * D + (N + 2) * rows + width);
-    T *k = q + rows * D, *copy = k + width * D, *scores = copy + width * D, *sums = scores + N * rows, *largest = sums + rows, *norms = largest + rows;
+    T* q = workspace<T>((rows + width + (this->stored_alike ? 0 : N)) * D + (N + 2) * rows + width);
+    T *k = q + rows * D, *scores = k + width * D, *sums = scores + N * rows, *largest = sums + rows, *norms = largest + rows, *copy = norms + width;
     this->template columns<isa>(this->widened(this->qkv + this->at(head, 0) + (N - M) * stride, stride, M, copy), M, this->q_weight, this->scale, q, rows, sums);
     this->template columns<isa>(this->widened(this->qkv + this->at(head, 1), stride, N, copy), N, this->k_weight, T{1}, k, width, norms);
     product(k, 1, width, q, rows, keys, rows, D, scores, rows);
@@ -43,19 +34,10 @@ struct Forward : Head<T, E> {
 template <typename T, typename E>
 struct Backward : Head<T, E> {
   using Head<T, E>::Head;
-  static constexpr bool has_bf16_products = std::is_same_v<E, bfloat16>;
 
   template <Isa isa>
   PROXT2I_INLINE void chunk(int64_t head, int64_t, int64_t) const {
-    if constexpr (isa == Isa::avx512_bf16) {
-      backward_by_pairs(*this, head);
-    } else {
-      in_floats<isa>(head);
-    }
-  }
-
-  template <Isa isa>
-  PROXT2I_INLINE void in_floats(int64_t head) const {
+    if constexpr (isa == Isa::avx512_bf16) return backward_by_pairs(*this, head);
     const int64_t M = this->queries, N = this->tokens, D = this->dim, rows = padded(M), width = this->width(), keys = this->keys(head);
     const int64_t stride = this->token_stride(), out_stride = this->out_stride();
     T* q = workspace<T>((2 * rows + width + 2 * M + 2 * N) * D + (2 * N + 1) * rows + width + (this->stored_alike ? 0 : (2 * M + 2 * N) * D));

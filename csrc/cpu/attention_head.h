@@ -123,6 +123,7 @@ struct Rows {
 template <typename T, typename E>
 struct Head : AttentionArgs<T, E> {
   static constexpr bool stored_alike = std::is_same_v<T, E>;
+  static constexpr bool has_bf16_products = std::is_same_v<E, bfloat16>;  // see chunks.h
   int64_t num_images, per_image = 1;
 
   explicit Head(const AttentionArgs<T, E>& args) : AttentionArgs<T, E>(args), num_images(args.batch * args.heads) {}

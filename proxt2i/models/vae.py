@@ -56,8 +56,7 @@ class LatentCodec(nn.Module):
                              f"{self.factor} is needed")
         latents = []
         for part in self._slices(images, images.shape[-2:].numel()):
-            half = self.encode_dtype != torch.float32
-            with torch.autocast(part.device.type, self.encode_dtype if half else torch.bfloat16, enabled=half):
+            with _computed_in(self.encode_dtype, part.device):
                 posterior = self.vae.encode(part.float()).latent_dist
             z = posterior.sample(generator) if sample else posterior.mode()
             latents.append((z.float() - self.shift) * self.scale)
@@ -72,8 +71,7 @@ class LatentCodec(nn.Module):
             raise ValueError(f"latents have {latents.shape[1]} channels, the VAE has {self.channels}")
         images = []
         for part in self._slices(latents, latents.shape[-2:].numel() * self.factor**2):
-            half = dtype != torch.float32
-            with torch.autocast(part.device.type, dtype if half else torch.bfloat16, enabled=half):
+            with _computed_in(dtype, part.device):
                 images.append(self.vae.decode(part.float() / self.scale + self.shift).sample.float())
         return torch.cat(images).clamp(-1, 1)
 
@@ -123,6 +121,12 @@ def _vae_config(path: Path) -> dict:
     if config.get("_class_name") != "AutoencoderKL":
         raise ValueError(f"{path / 'config.json'} says _class_name {config.get('_class_name')!r}; AutoencoderKL is needed")
     return config
+
+
+def _computed_in(dtype: torch.dtype, device: torch.device) -> torch.autocast:
+    """Autocast to a 16-bit dtype; float32 switches off an autocast from outside."""
+    half = dtype != torch.float32
+    return torch.autocast(device.type, dtype if half else torch.bfloat16, enabled=half)
 
 
 def _factor(block_out_channels: list[int]) -> int:

@@ -21,13 +21,12 @@ import torch.nn.functional as F
 from torch.utils.flop_counter import register_flop_formula
 
 from proxt2i.ops.checks import FLOATS
-from proxt2i.ops.native import cpu_isa, native_available
+from proxt2i.ops.native import CPU_IS_FAST, native_available
 
 TABLE = Path(__file__).with_name("attention_table.json")
 HEAD_DIMS = (64, 72, 128)
 HALVES = (torch.bfloat16, torch.float16)
 CPU_TOKENS = 256  # up to here the native CPU kernels are preferred: a head's scores fit into the cache
-CPU_IS_FAST = cpu_isa() not in (None, "baseline")
 IMPLS = (None, "native", "sdpa", "ref")
 
 
@@ -106,7 +105,7 @@ def why_not_native(qkv: torch.Tensor) -> str | None:
         return f"the native kernels are not built for {qkv.device.type}"
     if qkv.device.type == "cpu":
         fits = qkv.dtype in FLOATS and qkv.shape[-1] % 16 == 0 and qkv.shape[-1] > 0
-        return None if fits else f"on a CPU the native kernels take heads of a multiple of 16, not {qkv.dtype} and {qkv.shape[-1]}"
+        return None if fits else f"on a CPU the native kernels take float tensors and heads of a multiple of 16, not {qkv.dtype} and {qkv.shape[-1]}"
     if qkv.dtype not in HALVES or qkv.shape[-1] not in HEAD_DIMS:
         return f"the native kernels take bfloat16 or float16 and heads of {HEAD_DIMS}, not {qkv.dtype} and {qkv.shape[-1]}"
     return None

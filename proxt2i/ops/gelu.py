@@ -4,10 +4,9 @@ import torch
 import torch.nn.functional as F
 
 from proxt2i.ops.checks import FLOATS, without_second_derivative
-from proxt2i.ops.native import cpu_isa, native_available
+from proxt2i.ops.native import CPU_IS_FAST, native_available
 
 IMPLS = (None, "native", "torch")
-CPU_IS_FAST = cpu_isa() not in (None, "baseline")
 
 
 def gelu(x: torch.Tensor, impl: str | None = None) -> torch.Tensor:

@@ -29,6 +29,9 @@ def cpu_isa() -> str | None:
     return None if _C is None else _C.build_info()["cpu_isa"]
 
 
+CPU_IS_FAST = cpu_isa() not in (None, "baseline")  # so that the CPU kernels are worth calling where torch has its own
+
+
 def use_native(impl: str | None, device: torch.device) -> bool:
     """Resolves an op's `impl`: None = native where built, else the reference with one warning; "native" or "ref" insist."""
     if impl not in IMPLS:

@@ -67,8 +67,7 @@ class GrpoTrainer(Run):
         if self.checkpoint:
             self._go_on_from(self.checkpoint)
 
-        dtype = torch.bfloat16 if self.bf16 else torch.float32
-        self.text, self.codec = load_components(self.components, ranks.device, dtype)
+        self.text, self.codec = load_components(self.components, ranks.device, self.dtype)
         self.uvit = load_uvit(self.initial / "uvit", ranks.device)
         check_fit(self.uvit, self.text, self.codec, self.components)
         self.lora, self.reference = lora_of(config), None  # the reference of adapters is the network without them
@@ -82,7 +81,7 @@ class GrpoTrainer(Run):
             saved.load_weights(self.uvit, trained=True)
         self.uvit.gradient_checkpointing = config.model.gradient_checkpointing
         shape = (self.uvit.config.in_channels, self.uvit.config.sample_size, self.uvit.config.sample_size)
-        self.roller = Roller(config, self.settings, self.policy, self.prompts, self.text, self.codec, shape, ranks, dtype)
+        self.roller = Roller(config, self.settings, self.policy, self.prompts, self.text, self.codec, shape, ranks, self.dtype)
 
         self.per_update, self.micro_batch = images_per_update(config), micro_batch_of(config, ranks.world_size)
         self.passes = len(self._steps(0)) + trains_last_call(config) + bool(config.policy.data_weight)  # of the network over an image in an update
@@ -91,7 +90,7 @@ class GrpoTrainer(Run):
         self.feed = self.objective = None
         if config.policy.data_weight:
             self.feed = Feed(config.data, self.components, ranks, self.roller.per_rank, patch_size=self.uvit.config.patch_size, seed=train.seed,
-                             run_dir=self.run_dir, dtype=dtype)
+                             run_dir=self.run_dir, dtype=self.dtype)
             self.objective = Objective(data_objective(config, initial_settings), train.seed)
         flops = forward_flops(self.uvit.config) * sum(passes_per_image(config, self.policy))
         self.meter = GrpoMeter(ranks, flops, train.peak_tflops)

@@ -45,7 +45,7 @@ class Trainer(Run):
         per_rank = self.batch_size // ranks.world_size
         self.micro_batch = config.train.micro_batch or per_rank
         self.feed = Feed(config.data, Path(config.model.components or EMBEDDED), ranks, per_rank, patch_size=patch_size_of(config.model),
-                         seed=config.train.seed, run_dir=self.run_dir, dtype=torch.bfloat16 if self.bf16 else torch.float32)
+                         seed=config.train.seed, run_dir=self.run_dir, dtype=self.dtype)
         self.batch: Batch | None = None  # of the next step, fetched ahead
         self.objective = Objective(config.diffusion, config.train.seed)
         self.uvit = self._build_uvit()

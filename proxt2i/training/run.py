@@ -48,6 +48,11 @@ class Run:
             self._say(f"changed: {self.checkpoint.folder} was trained in {'fp32' if self.bf16 else 'bf16'}, this run goes on in {'bf16' if self.bf16 else 'fp32'}, "
                       "not to the same bits; train.precision chooses")
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the frozen text encoders, the VAE's encoding, and the network's autocast."""
+        return torch.bfloat16 if self.bf16 else torch.float32
+
     def start_engine(self, deepspeed_json: dict, batches: TrainConfig, saved: SavedState | None) -> None:
         """Wrap `self.uvit`, its weights in place, for training; optimizer state and averages are those of `saved`. Collective.
 
