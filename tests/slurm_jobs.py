@@ -10,6 +10,7 @@ import signal
 import subprocess
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 
 import psutil
@@ -112,13 +113,17 @@ class Job:
 
 
 def run_all(jobs: list[Job], timeout=240) -> None:
-    """Until all are over."""
+    """Until all are over. Each is watched by a thread of its own: while one job's event took its time, another's training would end."""
     end = time.monotonic() + timeout
-    left = list(jobs)
-    while left:
-        left = [job for job in left if not job.poke()]
-        assert time.monotonic() < end, "".join(job.everything() for job in left)
-        time.sleep(0.1)
+
+    def watch(job: Job) -> None:
+        while not job.poke():
+            assert time.monotonic() < end, job.everything()
+            time.sleep(0.1)
+
+    with ThreadPoolExecutor(len(jobs)) as pool:
+        for watched in as_completed([pool.submit(watch, job) for job in jobs]):
+            watched.result()
 
 
 def signals(name: str):

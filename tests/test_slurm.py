@@ -22,7 +22,7 @@ import launchers.status
 import launchers.train
 
 pytestmark = pytest.mark.skipif(bool(MISSING), reason=f"no {', '.join(MISSING)} here: apt-get install slurm-wlm munge")
-LENGTH = dict(train__images=1600, train__log_every=80, train__checkpoint_every=800, train__threads=1, sample__every=0)
+LENGTH = dict(train__images=3200, train__log_every=80, train__checkpoint_every=800, train__threads=1, sample__every=0)
 
 
 def kill_rank_1(job):
@@ -55,8 +55,8 @@ def test_every_preemption_and_a_killed_rank_leave_no_trace_in_the_weights(cluste
     for job, ranks in zip(jobs, (2, 1)):
         starts = [row["images"] for row in job.rows() if row["event"] == "start"]
         assert starts[0] == 0 and sorted(starts) == starts and starts[1] > 0 and len(starts) == 3, job.everything()
-        assert_same_checkpoint(tmp_path / f"straight-{ranks}" / "checkpoints" / "step-000001600", job.run_dir / "checkpoints" / "step-000001600", ranks)
-        assert "train, finished" in job.status() and "1,600 images of 1,600 (100.0%)" in job.status()
+        assert_same_checkpoint(tmp_path / f"straight-{ranks}" / "checkpoints" / "step-000003200", job.run_dir / "checkpoints" / "step-000003200", ranks)
+        assert "train, finished" in job.status() and "3,200 images of 3,200 (100.0%)" in job.status()
     assert next(row["reason"] for row in jobs[1].rows() if row["event"] == "end") == "by SIGUSR2"  # Slurm's, before the time limit
     said = jobs[0].status_after_the_kill
     assert jobs[0].noticed_after < 30
