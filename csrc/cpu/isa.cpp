@@ -1,15 +1,27 @@
 #include "isa.h"
 
 #include <algorithm>
+#include <array>
 #include <atomic>
-#include <iterator>
 #include <stdexcept>
 
 namespace proxt2i {
 namespace {
 
 const char* const names[] = {"baseline", "avx2", "avx512", "avx512_bf16"};
-constexpr Isa best_first[] = {Isa::avx512_bf16, Isa::avx512, Isa::avx2, Isa::baseline};
+using Isas = std::array<Isa, 4>;
+
+// On Intel's processors products by vdpbf16ps are slower than those of floats: attention by 1.2 on a Sapphire Rapids. On AMD's Zen 4 they halve its time.
+const Isas& best_first() {
+#if defined(__x86_64__)
+  static const bool pairs_are_fast = __builtin_cpu_is("amd");
+#else
+  static const bool pairs_are_fast = true;
+#endif
+  static const Isas isas = pairs_are_fast ? Isas{Isa::avx512_bf16, Isa::avx512, Isa::avx2, Isa::baseline}
+                                          : Isas{Isa::avx512, Isa::avx512_bf16, Isa::avx2, Isa::baseline};
+  return isas;
+}
 
 bool supported(Isa isa) {
 #if defined(__x86_64__)
@@ -24,7 +36,7 @@ bool supported(Isa isa) {
 }
 
 Isa best() {
-  return *std::find_if(std::begin(best_first), std::end(best_first), supported);
+  return *std::find_if(best_first().begin(), best_first().end(), supported);
 }
 
 std::atomic<Isa>& current() {
@@ -40,14 +52,14 @@ std::string isa_name(Isa isa) { return names[static_cast<int>(isa)]; }
 
 std::vector<std::string> supported_isas() {
   std::vector<std::string> result;
-  for (const Isa isa : best_first) {
+  for (const Isa isa : best_first()) {
     if (supported(isa)) result.push_back(isa_name(isa));
   }
   return result;
 }
 
 void use_isa(const std::string& name) {
-  for (const Isa isa : best_first) {
+  for (const Isa isa : best_first()) {
     if (isa_name(isa) == name && supported(isa)) {
       current().store(isa, std::memory_order_relaxed);
       return;

@@ -7,7 +7,7 @@
 
 namespace proxt2i {
 
-// avx512_bf16 is avx512 for everything but the products of attention on bfloat16.
+// avx512_bf16 is avx512 for everything but the products of attention on bfloat16; which of the two is better depends on the processor.
 enum class Isa { baseline, avx2, avx512, avx512_bf16 };
 
 Isa current_isa();
