@@ -5,6 +5,7 @@ import os
 import re
 import signal
 import sys
+from functools import partial
 
 import numpy as np
 import pytest
@@ -296,6 +297,18 @@ def test_non_finite_steps_are_skipped_counted_and_finally_fatal(settings, ranks,
     rows = [json.loads(line) for line in (trainer.run_dir / "stats.jsonl").read_text().splitlines()]
     assert rows[1]["bad_steps"] == 1 and 0 < rows[1]["loss"] < 2  # the finite half of the interval
     assert "non-finite gradient at 48 images" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("ruin", [1.0, float("inf"), float("nan")])
+def test_the_norm_of_the_gradients_is_deepspeeds(settings, ranks, ruin):
+    zero = make_trainer(settings, ranks).engine.optimizer
+    for params in zero.params_in_partition:
+        gradients, padding = [torch.randn_like(p) * (i + 1) for i, p in enumerate(params)], torch.full((3,), 7.0)
+        padding._zero_padding = True
+        gradients[0].view(-1)[0] *= ruin
+        ours, theirs = (norm([*gradients, padding], params) for norm in (zero.get_grad_norm_direct, partial(type(zero).get_grad_norm_direct, zero)))
+        torch.testing.assert_close(ours, theirs)
+        assert (ours == -1) == (ruin != 1.0)
 
 
 # -- parts ------------------------------------------------------------------------------------------------------------

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import math
 from pathlib import Path
 
 import torch
-from torch import nn
+import torch.distributed as dist
+from torch import Tensor, nn
 
 from proxt2i.config import OptimConfig, TrainConfig
 from proxt2i.training.muon import Exchange, Matrix, Muon, Span
@@ -106,11 +108,23 @@ def initialize(model: nn.Module, deepspeed_json: dict, optim: OptimConfig):
         ZERO_SUPPORTED_OPTIMIZERS.append(Muon)
     optimizer = Muon(_parameter_groups(model, optim), lr=optim.lr, betas=tuple(optim.betas), eps=optim.eps, fused=True)
     engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=deepspeed_json)
+    zero = deepspeed_json["zero_optimization"]
+    if zero["stage"] < 3 and (zero.get("offload_optimizer") or {}).get("device", "none") == "none":
+        engine.optimizer.get_grad_norm_direct = functools.partial(gradient_norm, engine.optimizer)
     partition = Partition(engine)
     optimizer.exchanges = {flat: Exchange(_matrices(partition, number)) for number, flat in enumerate(partition.flat)
                            if "momentum" in optimizer.param_groups[partition.groups[number]]}
     optimizer.device = engine.device
     return engine, partition
+
+
+def gradient_norm(zero, gradients: list[Tensor], params, norm_type: int = 2) -> Tensor:
+    """For DeepSpeed's ZeRO optimizer `zero`, instead of its get_grad_norm_direct, which asks every parameter by itself: the norm of all ranks'
+    gradients together, a float32 scalar, or -1 where it is not finite. gradients: this rank's, and padding. Collective."""
+    norms = torch._foreach_norm([g for g in gradients if not getattr(g, "_zero_padding", False)])
+    squares = torch.stack(norms).square().sum() if norms else torch.zeros((), device=zero.device)
+    dist.all_reduce(squares, group=zero.dp_process_group)
+    return torch.where(squares.isfinite(), squares.sqrt(), -1.0)
 
 
 def _matrices(partition: Partition, number: int) -> list[Matrix]:
