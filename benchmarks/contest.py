@@ -83,7 +83,7 @@ def take_turns(contestants: list[Contestant], rounds: int, seconds: float) -> li
 
 
 def spread(values) -> dict[str, float]:
-    low, median, high = statistics.quantiles(values, n=4)
+    low, median, high = statistics.quantiles(values, n=4) if len(values) > 1 else 3 * list(values)
     return {"median": median, "quartiles": [low, high]}
 
 
