@@ -41,7 +41,8 @@ def time_limit(job):
 
 def test_random_moments(cluster, settings, tmp_path):  # noqa: F811
     rng = random.Random(SEED)
-    length = FOREVER | dict(train__images=600 * MOMENTS)
+    images = 1000 * MOMENTS  # more than pass between two of them
+    length = FOREVER | dict(train__images=images)
     kinds = {"USR2": signals("USR2"), "TERM": signals("TERM"), "requeue": requeue, "time limit": time_limit, "kill -9": kill_a_rank}
     job = Job(tmp_path / "run", ["--nodes", 2, "--time", "60"], overrides(settings, **length))
     happened, began = [], time.monotonic()
@@ -65,7 +66,7 @@ def test_random_moments(cluster, settings, tmp_path):  # noqa: F811
     assert ends == ["failed" if kind == "kill -9" else "stopped" for kind in happened] + ["finished"], job.everything()
     straight = BareRanks(*overrides(settings, train__run_dir=tmp_path / "straight", **length), log=tmp_path / "log")
     assert straight.wait(1800) == [0, 0], straight.output
-    name = f"step-{600 * MOMENTS:09d}"
+    name = f"step-{images:09d}"
     assert_same_checkpoint(tmp_path / "straight" / "checkpoints" / name, job.run_dir / "checkpoints" / name)
 
 
