@@ -41,7 +41,7 @@ def time_limit(job):
 
 def test_random_moments(cluster, settings, tmp_path):  # noqa: F811
     rng = random.Random(SEED)
-    images = 1000 * MOMENTS  # more than pass between two of them
+    images = 3000 * MOMENTS  # more than pass between two of them; until Slurm sees that the limit is near, 10,000 can
     length = FOREVER | dict(train__images=images)
     kinds = {"USR2": signals("USR2"), "TERM": signals("TERM"), "requeue": requeue, "time limit": time_limit, "kill -9": kill_a_rank}
     job = Job(tmp_path / "run", ["--nodes", 2, "--time", "60"], overrides(settings, **length))
