@@ -309,6 +309,7 @@ def test_the_norm_of_the_gradients_is_deepspeeds(settings, ranks, ruin):
         ours, theirs = (norm([*gradients, padding], params) for norm in (zero.get_grad_norm_direct, partial(type(zero).get_grad_norm_direct, zero)))
         torch.testing.assert_close(ours, theirs)
         assert (ours == -1) == (ruin != 1.0)
+    assert zero.get_grad_norm_direct([padding], []) == 0  # a rank that owns nothing
 
 
 # -- parts ------------------------------------------------------------------------------------------------------------

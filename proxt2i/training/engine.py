@@ -121,8 +121,8 @@ def initialize(model: nn.Module, deepspeed_json: dict, optim: OptimConfig):
 def gradient_norm(zero, gradients: list[Tensor], params, norm_type: int = 2) -> Tensor:
     """For DeepSpeed's ZeRO optimizer `zero`, instead of its get_grad_norm_direct, which asks every parameter by itself: the norm of all ranks'
     gradients together, a float32 scalar, or -1 where it is not finite. gradients: this rank's, and padding. Collective."""
-    norms = torch._foreach_norm([g for g in gradients if not getattr(g, "_zero_padding", False)])
-    squares = torch.stack(norms).square().sum() if norms else torch.zeros((), device=zero.device)
+    own = [g for g in gradients if not getattr(g, "_zero_padding", False)]
+    squares = torch.stack(torch._foreach_norm(own)).square().sum() if own else torch.zeros((), device=zero.device)
     dist.all_reduce(squares, group=zero.dp_process_group)
     return torch.where(squares.isfinite(), squares.sqrt(), -1.0)
 
