@@ -10,7 +10,7 @@ import signal
 import subprocess
 import threading
 import time
-from concurrent.futures import ThreadPoolExecutor, as_completed
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import psutil
@@ -122,8 +122,7 @@ def run_all(jobs: list[Job], timeout=240) -> None:
             time.sleep(0.1)
 
     with ThreadPoolExecutor(len(jobs)) as pool:
-        for watched in as_completed([pool.submit(watch, job) for job in jobs]):
-            watched.result()
+        list(pool.map(watch, jobs))
 
 
 def signals(name: str):

@@ -108,8 +108,7 @@ def initialize(model: nn.Module, deepspeed_json: dict, optim: OptimConfig):
         ZERO_SUPPORTED_OPTIMIZERS.append(Muon)
     optimizer = Muon(_parameter_groups(model, optim), lr=optim.lr, betas=tuple(optim.betas), eps=optim.eps, fused=True)
     engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=deepspeed_json)
-    zero = deepspeed_json["zero_optimization"]
-    if zero["stage"] < 3 and (zero.get("offload_optimizer") or {}).get("device", "none") == "none":
+    if deepspeed_json["zero_optimization"]["stage"] < 3:  # (offloaded, DeepSpeed takes the norm in another way)
         engine.optimizer.get_grad_norm_direct = functools.partial(gradient_norm, engine.optimizer)
     partition = Partition(engine)
     optimizer.exchanges = {flat: Exchange(_matrices(partition, number)) for number, flat in enumerate(partition.flat)
