@@ -25,6 +25,7 @@ pybind11::dict build_info() {
   info["cuda"] = std::string(PROXT2I_CUDA_ARCHS).size() > 0;
   info["cpu_isa"] = proxt2i::isa_name(proxt2i::current_isa());
   info["cpu_isas"] = proxt2i::supported_isas();
+  info["cpu_products"] = proxt2i::fast_products();
   return info;
 }
 

@@ -20,6 +20,11 @@ void define_ops(Library& m) {
       "-> (Tensor, Tensor, Tensor)");
   m.def("gelu(Tensor x) -> Tensor");
   m.def("gelu_backward(Tensor grad, Tensor x) -> Tensor");
+  m.def("linear(Tensor x, Tensor? skip, Tensor weight, Tensor? bias) -> Tensor");
+  m.def(
+      "linear_backward(Tensor grad, Tensor x, Tensor? skip, Tensor weight, bool has_bias, bool wants_x, bool wants_weight) "
+      "-> (Tensor, Tensor, Tensor, Tensor)");
+  m.def("orthogonalize(Tensor x, float a, float b, float c, int rounds, float scale) -> Tensor");
   m.def("philox_normal(Tensor seeds, int step, int count) -> Tensor");
   m.def(
       "transition_log_ratio(Tensor eps_cond, Tensor? eps_uncond, Tensor eps_old, Tensor? eps_ref, Tensor? noise, Tensor? seeds, "

@@ -7,7 +7,8 @@ import textwrap
 import pytest
 import torch
 
-from proxt2i.training.muon import NEWTON_SCHULZ, ROUNDS, Exchange, Matrix, Muon, Span, assign, orthogonalize
+from proxt2i.ops.orthogonalize import NEWTON_SCHULZ, ROUNDS, orthogonalize
+from proxt2i.training.muon import Exchange, Matrix, Muon, Span, assign
 
 SHAPES = [torch.Size(shape) for shape in ((6, 6), (18, 6), (6, 24), (18, 6))]
 

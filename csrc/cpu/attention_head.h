@@ -4,32 +4,14 @@
 
 #include <cmath>
 #include <limits>
-#include <memory>
 #include <type_traits>
-#include <vector>
 
 #include "../common/narrow.h"
-#include "chunks.h"
+#include "products.h"
 #include "transpose.h"
 
 namespace proxt2i {
 namespace {
-
-constexpr int64_t lanes = 16;  // rows of the workspace are padded to it, and it divides the width of a head
-
-constexpr int64_t padded(int64_t n) { return (n + lanes - 1) / lanes * lanes; }
-
-// At least `size` elements that belong to this thread until its next call, where a line of the cache begins.
-template <typename T>
-T* workspace(int64_t size) {
-  static thread_local std::vector<T> memory;
-  constexpr int64_t line = 64;
-  const size_t needed = static_cast<size_t>(size + line / static_cast<int64_t>(sizeof(T)));
-  if (memory.size() < needed) memory.resize(needed);
-  void* start = memory.data();
-  size_t space = memory.size() * sizeof(T);
-  return static_cast<T*>(std::align(line, static_cast<size_t>(size) * sizeof(T), start, space));
-}
 
 // exp(x) for x <= 0 (and a little above): 2^n times the polynomial of Cephes' expf.
 PROXT2I_INLINE float exponential(float x) {
@@ -44,47 +26,6 @@ PROXT2I_INLINE float exponential(float x) {
   return fma(p, r * r, r + 1.0f) * float_from_bits((float_bits(shifted) << 23) + 0x3f800000u);
 }
 PROXT2I_INLINE double exponential(double x) { return std::exp(x); }
-
-// c [R, W] = a [R, depth] b [depth, W]; a's elements lie row_stride and depth_stride apart, rows of b and c b_stride and c_stride.
-template <int R, int W, typename T>
-PROXT2I_INLINE void product_tile(const T* a, int64_t row_stride, int64_t depth_stride, const T* b, int64_t b_stride, int64_t depth, T* c,
-                                 int64_t c_stride) {
-  T sums[R][W] = {};
-  for (int64_t k = 0; k < depth; ++k) {
-#pragma GCC unroll 8
-    for (int r = 0; r < R; ++r) {
-      const T factor = a[r * row_stride + k * depth_stride];
-#pragma omp simd
-      for (int w = 0; w < W; ++w) sums[r][w] = fma(factor, b[k * b_stride + w], sums[r][w]);
-    }
-  }
-  for (int r = 0; r < R; ++r) {
-#pragma omp simd
-    for (int w = 0; w < W; ++w) c[r * c_stride + w] = sums[r][w];
-  }
-}
-
-template <int R, typename T>
-PROXT2I_INLINE void product_rows(const T* a, int64_t row_stride, int64_t depth_stride, const T* b, int64_t b_stride, int64_t columns,
-                                 int64_t depth, T* c, int64_t c_stride) {
-  int64_t w = 0;
-  for (; w + 2 * lanes <= columns; w += 2 * lanes) {
-    product_tile<R, 2 * lanes>(a, row_stride, depth_stride, b + w, b_stride, depth, c + w, c_stride);
-  }
-  if (w < columns) product_tile<R, lanes>(a, row_stride, depth_stride, b + w, b_stride, depth, c + w, c_stride);
-}
-
-// c [rows, columns] = a [rows, depth] b [depth, columns], columns a multiple of `lanes`.
-template <typename T>
-PROXT2I_INLINE void product(const T* a, int64_t row_stride, int64_t depth_stride, const T* b, int64_t b_stride, int64_t rows,
-                            int64_t columns, int64_t depth, T* c, int64_t c_stride) {
-  constexpr int many = std::is_same_v<T, float> ? 6 : 3;
-  int64_t r = 0;
-  for (; r + many <= rows; r += many) {
-    product_rows<many>(a + r * row_stride, row_stride, depth_stride, b, b_stride, columns, depth, c + r * c_stride, c_stride);
-  }
-  for (; r < rows; ++r) product_rows<1>(a + r * row_stride, row_stride, depth_stride, b, b_stride, columns, depth, c + r * c_stride, c_stride);
-}
 
 // The sum of term(0) ... term(count - 1), count a multiple of `lanes`.
 template <typename T, typename Term>

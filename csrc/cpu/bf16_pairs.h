@@ -7,6 +7,7 @@
 
 #include <immintrin.h>
 
+#include "products.h"
 #include "transpose.h"
 
 #define PROXT2I_PAIRS __attribute__((target("avx512f,avx512dq,avx512bw,avx512vl,avx512bf16,fma")))
@@ -60,7 +61,7 @@ PROXT2I_INLINE void transpose_pairs(const bfloat16* rows, int64_t stride, int64_
 }
 
 // In place: columns [dim / 2, width] *= inverse * weight, where inverse [width] = factor / rms of a column (without weights: factor).
-PROXT2I_PAIRS void normalize_columns(Word* columns, int64_t dim, int64_t width, const float* weight, float factor, float eps, float* inverse) {
+PROXT2I_PAIRS inline void normalize_columns(Word* columns, int64_t dim, int64_t width, const float* weight, float factor, float eps, float* inverse) {
   for (int64_t j = 0; j < width; j += lanes) {
     __m512 f = _mm512_set1_ps(factor);
     if (weight != nullptr) {
@@ -83,7 +84,7 @@ PROXT2I_PAIRS void normalize_columns(Word* columns, int64_t dim, int64_t width, 
 }
 
 // words [count / 2 rounded up, dim]: rows 2 i and 2 i + 1 of x as pairs; a row that is missing is 0.
-PROXT2I_PAIRS void pair_rows(const bfloat16* x, int64_t stride, int64_t count, int64_t dim, Word* words) {
+PROXT2I_PAIRS inline void pair_rows(const bfloat16* x, int64_t stride, int64_t count, int64_t dim, Word* words) {
   for (int64_t i = 0; i < count; i += 2, words += dim) {
     for (int64_t d = 0; d < dim; d += lanes) {
       const __m512i second = i + 1 < count ? shifted_up(halves(x + (i + 1) * stride + d)) : _mm512_setzero_si512();
@@ -91,7 +92,7 @@ PROXT2I_PAIRS void pair_rows(const bfloat16* x, int64_t stride, int64_t count, i
     }
   }
 }
-PROXT2I_PAIRS void pair_rows(const float* x, int64_t stride, int64_t count, int64_t dim, Word* words) {
+PROXT2I_PAIRS inline void pair_rows(const float* x, int64_t stride, int64_t count, int64_t dim, Word* words) {
   for (int64_t i = 0; i < count; i += 2, words += dim) {
     for (int64_t d = 0; d < dim; d += lanes) {
       const __m512 second = i + 1 < count ? _mm512_loadu_ps(x + (i + 1) * stride + d) : _mm512_setzero_ps();
@@ -101,7 +102,7 @@ PROXT2I_PAIRS void pair_rows(const float* x, int64_t stride, int64_t count, int6
 }
 
 // The same of rows times inverse * weight, as normalize_columns rounds them.
-PROXT2I_PAIRS void pair_normalized_rows(const bfloat16* x, int64_t stride, int64_t count, int64_t dim, const float* weight, const float* inverse,
+PROXT2I_PAIRS inline void pair_normalized_rows(const bfloat16* x, int64_t stride, int64_t count, int64_t dim, const float* weight, const float* inverse,
                                         Word* words) {
   for (int64_t i = 0; i < count; i += 2, words += dim) {
     for (int64_t d = 0; d < dim; d += lanes) {
@@ -115,7 +116,7 @@ PROXT2I_PAIRS void pair_normalized_rows(const bfloat16* x, int64_t stride, int64
 }
 
 // rounded [all, width] = x [count, width], and 0 beyond `count` rows or `columns`.
-PROXT2I_PAIRS void round_rows(const float* x, int64_t count, int64_t all, int64_t columns, int64_t width, bfloat16* rounded) {
+PROXT2I_PAIRS inline void round_rows(const float* x, int64_t count, int64_t all, int64_t columns, int64_t width, bfloat16* rounded) {
   for (int64_t i = 0; i < all; ++i) {
     for (int64_t d = 0; d < width; d += lanes) {
       const int64_t there = i < count ? std::clamp<int64_t>(columns - d, 0, lanes) : 0;
@@ -124,28 +125,30 @@ PROXT2I_PAIRS void round_rows(const float* x, int64_t count, int64_t all, int64_
   }
 }
 
-// c [R, 16 V] = a [R, depth] b [depth, 16 V] of pairs; a's words lie row_stride and depth_stride apart, rows of b and c b_stride and c_stride.
+// c [R, 16 V] = start + a [R, depth] b [depth, 16 V] of pairs; a's words lie row_stride and depth_stride apart, rows of b and c b_stride and c_stride.
 template <int R, int V, typename Out>
 PROXT2I_PAIRS inline void product_tile(const AnyWord* a, int64_t row_stride, int64_t depth_stride, const Word* b, int64_t b_stride, int64_t depth, Out* c,
-                                       int64_t c_stride) {
+                                       int64_t c_stride, Start<float> start = {}) {
   __m512 sums[R][V];
-#pragma GCC unroll 8
+#pragma GCC unroll 12
   for (int r = 0; r < R; ++r) {
 #pragma GCC unroll 8
-    for (int v = 0; v < V; ++v) sums[r][v] = _mm512_setzero_ps();
+    for (int v = 0; v < V; ++v) {
+      sums[r][v] = start.rows == nullptr ? _mm512_setzero_ps() : _mm512_loadu_ps(start.rows + r * start.stride + v * lanes);
+    }
   }
   for (int64_t k = 0; k < depth; ++k) {
     __m512i row[V];
 #pragma GCC unroll 8
     for (int v = 0; v < V; ++v) row[v] = _mm512_loadu_si512(b + k * b_stride + v * lanes);
-#pragma GCC unroll 8
+#pragma GCC unroll 12
     for (int r = 0; r < R; ++r) {
       const Word factor = a[r * row_stride + k * depth_stride];
 #pragma GCC unroll 8
       for (int v = 0; v < V; ++v) sums[r][v] = sum_of_products(sums[r][v], _mm512_set1_epi32(static_cast<int>(factor)), row[v]);
     }
   }
-#pragma GCC unroll 8
+#pragma GCC unroll 12
   for (int r = 0; r < R; ++r) {
 #pragma GCC unroll 8
     for (int v = 0; v < V; ++v) store(c + r * c_stride + v * lanes, sums[r][v]);
@@ -165,7 +168,7 @@ PROXT2I_PAIRS inline void product_rows(const AnyWord* a, int64_t row_stride, int
 
 // c [rows, columns] = a [rows, depth] b [depth, columns] of pairs, columns a multiple of `lanes`; depth: of pairs.
 template <typename Out>
-PROXT2I_PAIRS void product(const AnyWord* a, int64_t row_stride, int64_t depth_stride, const Word* b, int64_t b_stride, int64_t rows, int64_t columns,
+PROXT2I_PAIRS inline void product(const AnyWord* a, int64_t row_stride, int64_t depth_stride, const Word* b, int64_t b_stride, int64_t rows, int64_t columns,
                            int64_t depth, Out* c, int64_t c_stride) {
   int64_t r = 0;
   for (; r + 6 <= rows; r += 6) {
@@ -179,7 +182,7 @@ PROXT2I_PAIRS void product(const AnyWord* a, int64_t row_stride, int64_t depth_s
 
 // The gradient of normalised rows x: from `grads` [count, dim], that of inverse * weight * x, to that of x and of the weight.
 // pulls: memory for `count` numbers; pull_factor: 1 / (dim factor^2), see normalize_columns.
-PROXT2I_PAIRS void unnormalize_rows(const bfloat16* x, int64_t stride, int64_t count, int64_t dim, const float* weight, float pull_factor,
+PROXT2I_PAIRS inline void unnormalize_rows(const bfloat16* x, int64_t stride, int64_t count, int64_t dim, const float* weight, float pull_factor,
                                     const float* inverse, const float* grads, float* pulls, bfloat16* grad, float* of_weight) {
   for (int64_t i = 0; i < count && weight != nullptr; ++i) {
     __m512 dot = _mm512_setzero_ps();

@@ -15,7 +15,7 @@
 
 namespace proxt2i {
 
-constexpr int64_t chunks_per_thread = 16;  // at least, so that small calls stay on one thread
+constexpr int64_t chunks_per_thread = 16;  // at least, so that small calls stay on one thread; a kernel's own member of this name goes before
 
 static_assert(chunk_size == 4 * max_normal_blocks);
 
@@ -97,7 +97,9 @@ void run_parallel(const Kernel& kernel) {
   }
   if (isa == Isa::avx2) run = run_chunks_avx2<Kernel>;
 #endif
-  torch::stable::parallel_for(0, num_chunks, chunks_per_thread, [&](int64_t begin, int64_t end) { run(kernel, begin, end); });
+  int64_t grain = chunks_per_thread;
+  if constexpr (requires { Kernel::chunks_per_thread; }) grain = Kernel::chunks_per_thread;
+  torch::stable::parallel_for(0, num_chunks, grain, [&](int64_t begin, int64_t end) { run(kernel, begin, end); });
 }
 
 template <typename T>

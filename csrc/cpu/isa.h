@@ -13,6 +13,7 @@ enum class Isa { baseline, avx2, avx512, avx512_bf16 };
 Isa current_isa();
 std::vector<std::string> supported_isas();  // best first
 std::string isa_name(Isa isa);
+std::vector<std::string> fast_products();      // types whose products in linear layers are faster than torch's on this machine with the current set
 void use_isa(const std::string& name);      // std::invalid_argument for a name that this machine does not support
 
 }  // namespace proxt2i

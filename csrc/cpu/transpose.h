@@ -40,7 +40,9 @@ __attribute__((target("avx2"), noinline)) void transpose_blocks(const float* row
   for (; j < width; j += 8) {
     alignas(32) float block[8][8] = {};
     for (int64_t d = 0; d < dim; d += 8) {
-      for (int64_t i = j; i < count; ++i) std::memcpy(block[i - j], rows + i * stride + d, sizeof(block[0]));
+      for (int i = 0; i < 8; ++i) {
+        if (j + i < count) std::memcpy(block[i], rows + (j + i) * stride + d, sizeof(block[0]));
+      }
       transpose_block(block[0], 8, columns + d * width + j, width);
     }
   }

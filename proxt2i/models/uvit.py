@@ -19,7 +19,7 @@ from torch.utils.checkpoint import checkpoint
 
 from ..diffusion.precondition import precondition
 from ..diffusion.schedule import VPSchedule
-from ..ops import attention, gelu
+from ..ops import attention, gelu, linear
 
 LAMBDA_FLOOR = 1e-4  # lambda below it (the score baseline passes 0) reads as this value; plans stay far above
 
@@ -43,14 +43,21 @@ def sinusoid(values: Tensor, dim: int, max_period: float = 1e4) -> Tensor:
     return torch.cat([args.cos(), args.sin()], dim=-1)
 
 
+class Linear(nn.Linear):
+    """nn.Linear by the products of ops.linear."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return linear(x, self.weight, self.bias)
+
+
 class ScalarEmbedding(nn.Module):
     """One token out of a scalar: sinusoid, then a two-layer MLP."""
 
     def __init__(self, dim: int):
         super().__init__()
         self.frequency_dim = min(256, dim // 2)
-        self.fc1 = nn.Linear(self.frequency_dim, self.frequency_dim)
-        self.fc2 = nn.Linear(self.frequency_dim, dim)
+        self.fc1 = Linear(self.frequency_dim, self.frequency_dim)
+        self.fc2 = Linear(self.frequency_dim, dim)
 
     def forward(self, values: Tensor) -> Tensor:  # [B] -> [B, 1, dim]
         features = sinusoid(values, self.frequency_dim).to(self.fc1.weight.dtype)
@@ -61,10 +68,10 @@ class Attention(nn.Module):
     def __init__(self, dim: int, num_heads: int, qk_norm: bool):
         super().__init__()
         self.head_dim = dim // num_heads
-        self.qkv = nn.Linear(dim, 3 * dim, bias=False)
+        self.qkv = Linear(dim, 3 * dim, bias=False)
         self.q_norm = nn.RMSNorm(self.head_dim, eps=1e-6) if qk_norm else None
         self.k_norm = nn.RMSNorm(self.head_dim, eps=1e-6) if qk_norm else None
-        self.proj = nn.Linear(dim, dim)
+        self.proj = Linear(dim, dim)
 
     def forward(self, x: Tensor, num_queries: int | None = None) -> Tensor:
         """x [B, L, D] -> [B, L, D], or [B, num_queries, D]: only the last `num_queries` tokens ask."""
@@ -76,22 +83,21 @@ class Attention(nn.Module):
 class Mlp(nn.Module):
     def __init__(self, dim: int, hidden_dim: int):
         super().__init__()
-        self.fc1 = nn.Linear(dim, hidden_dim)
-        self.fc2 = nn.Linear(hidden_dim, dim)
+        self.fc1 = Linear(dim, hidden_dim)
+        self.fc2 = Linear(hidden_dim, dim)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.fc2(gelu(self.fc1(x)))
 
 
 class LongSkip(nn.Linear):
-    """Linear(2D -> D) of the concatenation [x, skip], as two products so that nothing is concatenated."""
+    """Linear(2D -> D) of the concatenation [x, skip], which is not made."""
 
     def __init__(self, dim: int):
         super().__init__(2 * dim, dim)
 
     def forward(self, x: Tensor, skip: Tensor) -> Tensor:
-        x_weight, skip_weight = self.weight.chunk(2, dim=1)
-        return F.linear(x, x_weight, self.bias) + F.linear(skip, skip_weight)
+        return linear(x, self.weight, self.bias, skip)
 
 
 class Block(nn.Module):
@@ -116,7 +122,7 @@ class TextProjection(nn.Sequential):
     """LayerNorm + Linear from a text encoder's width to the model's."""
 
     def __init__(self, text_dim: int, dim: int):
-        super().__init__(nn.LayerNorm(text_dim), nn.Linear(text_dim, dim))
+        super().__init__(nn.LayerNorm(text_dim), Linear(text_dim, dim))
 
 
 class UViT2DModel(ModelMixin, ConfigMixin):
@@ -162,7 +168,7 @@ class UViT2DModel(ModelMixin, ConfigMixin):
         def blocks(skip: bool) -> nn.ModuleList:
             return nn.ModuleList(Block(embed_dim, num_heads, mlp_ratio, qk_norm, skip) for _ in range(depth // 2))
 
-        self.patch_embed = nn.Linear(patch_dim, embed_dim)
+        self.patch_embed = Linear(patch_dim, embed_dim)
         self.t_embed = ScalarEmbedding(embed_dim)
         self.lam_embed = ScalarEmbedding(embed_dim)
         self.text_embed = nn.ModuleList(TextProjection(d, embed_dim) for d in text_dims)
@@ -172,7 +178,7 @@ class UViT2DModel(ModelMixin, ConfigMixin):
         self.mid_block = Block(embed_dim, num_heads, mlp_ratio, qk_norm, skip=False)
         self.out_blocks = blocks(skip=True)
         self.norm = nn.LayerNorm(embed_dim)
-        self.out = nn.Linear(embed_dim, patch_dim)
+        self.out = Linear(embed_dim, patch_dim)
         self.conv = nn.Conv2d(in_channels, in_channels, 3, padding=1) if final_conv else None
         self.reset_parameters()
 

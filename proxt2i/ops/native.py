@@ -30,6 +30,8 @@ def cpu_isa() -> str | None:
 
 
 CPU_IS_FAST = cpu_isa() not in (None, "baseline")  # so that the CPU kernels are worth calling where torch has its own
+# Of x in linear layers for which the native kernels are worth calling: their products are faster than torch's on this CPU.
+PRODUCTS = frozenset(getattr(torch, name) for name in (_C.build_info()["cpu_products"] if _C is not None else []))
 
 
 def use_native(impl: str | None, device: torch.device) -> bool:

@@ -17,8 +17,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)  # Jordan's quintic: singular values in (0, 1] go to 0.7 ... 1.2 in five rounds
-ROUNDS = 5
+from proxt2i.ops.orthogonalize import ROUNDS, orthogonalize
 
 
 @dataclass(frozen=True)
@@ -160,25 +159,3 @@ def _exchange(outgoing: Tensor, send_sizes: list[int], receive_sizes: list[int])
     incoming = outgoing.new_empty(sum(receive_sizes))
     dist.all_to_all_single(incoming, outgoing, receive_sizes, send_sizes)
     return incoming
-
-
-def orthogonalize(x: Tensor, rounds: int = ROUNDS, scale: float = 1.0) -> Tensor:
-    """[K, m, n] float32 -> the same matrices, contiguous, with singular values in about 0.7 ... 1.2 times `scale` (0 stays 0).
-
-    Newton-Schulz, X <- (a + b X X^T + c (X X^T)^2) X, on the smaller Gram matrix alone: R = X X^T and the product Q of
-    the polynomials are k x k with k = min(m, n), and X is touched twice in all instead of twice a round. It starts from
-    X / ||X||, a factor that R and Q take for X: ||X||^2 is the trace of R.
-    """
-    a, b, c = NEWTON_SCHULZ
-    wide = x.shape[1] <= x.shape[2]
-    gram, product = (x @ x.mT if wide else x.mT @ x), None
-    inverse = 1 / (gram.diagonal(dim1=1, dim2=2).sum(1).sqrt() + 1e-7)[:, None, None]
-    gram *= inverse * inverse
-    for i in range(rounds):
-        polynomial = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)
-        polynomial.diagonal(dim1=1, dim2=2).add_(a)
-        product = polynomial if product is None else polynomial @ product
-        if i + 1 < rounds:
-            gram = polynomial @ gram @ polynomial
-    product = product * (scale * inverse)
-    return product @ x if wide else x @ product
