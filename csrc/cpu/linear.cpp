@@ -97,13 +97,14 @@ struct WeightGradient {
   Beside<const E> x;
   T *weight, *bias;  // bias: or null
   int64_t rows, outputs;
-  int64_t num_images, per_image = 1;  // parts of the outputs, one for each thread
+  int64_t num_images, per_image = 1;  // parts of the outputs, multiples of `lanes`, one for each thread
 
   template <Isa isa>
   PROXT2I_INLINE void chunk(int64_t part, int64_t, int64_t) const {
     using W = Words<isa, T, E>;
     using Word = typename W::Word;
-    const int64_t blocks = (outputs + block - 1) / block, inputs = x.columns(), slice = 192 * W::numbers;
+    const int64_t inputs = x.columns(), slice = 192 * W::numbers, begin = outputs / lanes * part / num_images * lanes;
+    const int64_t end = outputs / lanes * (part + 1) / num_images * lanes;
     Word* staged = workspace<Word>(192 * (inputs + block) + lanes);
     Word* staged_grad = staged + 192 * inputs;
     for (int64_t row = 0; row < rows; row += slice) {
@@ -111,8 +112,8 @@ struct WeightGradient {
       for (int64_t column = 0; column < inputs; column += panel_width) {
         W::deep_rows(x.at(row, column), x.stride(column), count, panel_width, staged + column * depth);
       }
-      for (int64_t b = blocks * part / num_images; b < blocks * (part + 1) / num_images; ++b) {
-        const int64_t first = b * block, width = std::min(block, outputs - first);
+      for (int64_t first = begin; first < end; first += block) {
+        const int64_t width = std::min(block, end - first);
         W::deep_rows(grad + row * outputs + first, outputs, count, width, staged_grad);
         if (bias != nullptr) add_columns(grad + row * outputs + first, count, width, row == 0, bias + first);
         for (int64_t i = 0; i < width; i += tile_rows) {
@@ -129,12 +130,10 @@ struct WeightGradient {
   template <Isa isa, typename Word>
   PROXT2I_INLINE void tile(const Word* a, int64_t depth_stride, const Word* panel, int64_t depth, int64_t count, bool is_first, T* to, int64_t stride) const {
     if (count == tile_rows) return Words<isa, T, E>::tile(a, 1, depth_stride, panel, depth, to, stride, Start<T>{is_first ? nullptr : to, stride});
-    T last[tile_rows * panel_width];
-    Words<isa, T, E>::tile(a, 1, depth_stride, panel, depth, last, panel_width, Start<T>{});
-    for (int64_t r = 0; r < count; ++r) {
-#pragma omp simd
-      for (int64_t w = 0; w < panel_width; ++w) to[r * stride + w] = is_first ? last[r * panel_width + w] : to[r * stride + w] + last[r * panel_width + w];
-    }
+    T last[tile_rows * panel_width] = {};
+    for (int64_t r = 0; r < count && !is_first; ++r) std::copy_n(to + r * stride, panel_width, last + r * panel_width);
+    Words<isa, T, E>::tile(a, 1, depth_stride, panel, depth, last, panel_width, Start<T>{last, panel_width});
+    for (int64_t r = 0; r < count; ++r) std::copy_n(last + r * panel_width, panel_width, to + r * stride);
   }
 
   // 24 rows at a time, so that few small numbers are added to a large one.
@@ -227,7 +226,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> linear_backward_cpu(const Tensor& gra
     }
     if (wants_weight) {
       const Beside<const E> of{{inputs.data<E>(x), inputs.data<E>(skip)}, {sizes.inputs, sizes.skip}};
-      const int64_t parts = std::min<int64_t>(torch::stable::get_num_threads(), (sizes.outputs + block - 1) / block);
+      const int64_t parts = std::min<int64_t>(torch::stable::get_num_threads(), sizes.outputs / lanes);
       run_parallel(WeightGradient<T, E>{from, of, output<T>(grad_weight), has_bias ? output<T>(grad_bias) : nullptr, sizes.rows, sizes.outputs, parts});
     }
   });
