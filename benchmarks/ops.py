@@ -8,6 +8,9 @@ log-ratio  likelihood ratio of a transition (guided network outputs, noise drawn
            network. fused: transition_log_ratio. eager: the means of the three networks, torch.distributions.Normal's log_prob of the
            stored next state under the new and the old one, kl_divergence from the third. "without kl": no reference network
 gelu       of float32 and bfloat16 tensors, on a CPU alone. eager: torch.nn.functional.gelu
+linear     "fc1" and "fc2" of the portraits network's MLPs on 64 images, 2,688 x 128 to 512 and back, and its long skip, 2 x 128 to 128, with float32
+           weights and gradients of all there is, on a CPU alone, whatever --shape. eager: torch.nn.functional.linear, in bfloat16 under autocast
+muon       orthogonalisation of the portraits network's 31 matrices, on a CPU alone. eager: the same polynomials by torch's batched products
 
 Backward gives the gradients of the network outputs. Fused and eager take turns, so that other work on the machine hits them alike;
 times are medians. Ratios are times divided by the fused one's.
@@ -20,7 +23,8 @@ from prox_step import measure
 from timing import operator_arguments, ran_on, write_result
 from torch.distributions import Normal, kl_divergence
 
-from proxt2i.ops import gelu, noised_pair, prox_matching_loss, transition_log_ratio
+from proxt2i.ops import gelu, linear, noised_pair, prox_matching_loss, transition_log_ratio
+from proxt2i.ops.orthogonalize import orthogonalize
 
 GUIDANCE, ZETA = 2.0, 1.0
 A, B, RHO, SQRT_LAM = 1.2, 0.6, 1.0, 0.8
@@ -84,13 +88,37 @@ def activation(shape: tuple[int, ...], dtype: torch.dtype) -> dict:
     return {name: lambda impl=impl: torch.autograd.grad(gelu(x, impl), x, grad) for name, impl in (("fused", "native"), ("eager", "torch"))}
 
 
+def layer(inputs: int, outputs: int, beside: int, dtype: torch.dtype) -> dict:
+    """name -> function of no arguments that applies a linear layer on the CPU and differentiates; beside: inputs of a long skip."""
+    x, skip = (torch.randn(2688, width).to(dtype).requires_grad_() for width in (inputs, beside))
+    weight, bias = torch.randn(outputs, inputs + beside).requires_grad_(), torch.randn(outputs).requires_grad_()
+    grad, leaves = torch.randn(2688, outputs).to(dtype), [x, weight, bias, *[skip] * (beside > 0)]
+
+    def run(impl):
+        with torch.autocast("cpu", dtype, enabled=dtype == torch.bfloat16):
+            y = linear(x, weight, bias, skip if beside else None, impl=impl)
+        return torch.autograd.grad(y, leaves, grad)
+
+    return {"fused": lambda: run("native"), "eager": lambda: run("torch")}
+
+
+def muon() -> dict:
+    """name -> function of no arguments that orthogonalises on the CPU."""
+    batches = [torch.randn(shape) for shape in ((7, 384, 128), (7, 128, 128), (7, 512, 128), (7, 128, 512), (3, 128, 256))]
+    return {name: lambda impl=impl: [orthogonalize(batch, impl=impl) for batch in batches] for name, impl in (("fused", "native"), ("eager", "ref"))}
+
+
 def main():
     args = operator_arguments(__doc__, repeats=40)
     shape = tuple(args.shape)
     cases = {"matching": matching(shape, args.device), "log-ratio": log_ratio(shape, args.device, True),
              "log-ratio without kl": log_ratio(shape, args.device, False)}
     if args.device == "cpu":
-        cases |= {"gelu float32": activation(shape, torch.float32), "gelu bfloat16": activation(shape, torch.bfloat16)}
+        for dtype in (torch.float32, torch.bfloat16):
+            name = str(dtype)[6:]
+            cases |= {f"gelu {name}": activation(shape, dtype), f"fc1 {name}": layer(128, 512, 0, dtype), f"fc2 {name}": layer(512, 128, 0, dtype),
+                      f"skip {name}": layer(128, 128, 128, dtype)}
+        cases["muon"] = muon()
     result = ran_on(args) | {"median_ms": {}, "min_ms": {}, "ratio": {}}
     for name, functions in cases.items():
         times = measure(functions, args.repeats, args.device, args.cpu_time)
