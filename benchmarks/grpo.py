@@ -12,7 +12,7 @@ plain         benchmarks/plain_grpo.py: flow_grpo's loop with the two branches o
 plain-batched the same with guidance in one batch and rewards that read tensors, which is how flow_grpo's own script does it for local rewards
 Alike: the function that the network computes and its weights, text encoder, VAE, reward, plan, numbers of images, precision, threads, a reference for
 the KL divergence, gradient clipping, an average of the weights every update.
-Different, plain against ours: torch's attention (in bf16 on a CPU products and a softmax, which are faster there) and GELU against native ones; eager noise, steps, log densities and loss against one fused operation each; numbers read at every step; AdamW over
+Different, plain against ours: torch's attention (in bf16 on a CPU products and a softmax, which are faster there), linear layers (on AMD's CPUs with AVX-512) and GELU against native ones; eager noise, steps, log densities and loss against one fused operation each; numbers read at every step; AdamW over
 parameters against flat slices; all tokens in the last block against the image tokens; the prompt of a picture encoded for every picture against once a group; in bf16, rollouts
 decoded in fp32 (as flow_grpo has its VAE) against bf16.
 Ours does besides: noise as a function of seed and position, outputs of the old policy kept for exact ratios, spike guard, stop signals, statistics.

@@ -15,8 +15,8 @@ speed   one core, one contestant at a time
         batch; precision; threads; caption dropout; gradient clipping; an average of the weights every step.
         Different, plain against ours: eager noise and loss against one fused operation each; torch's AdamW loop over parameters, against DeepSpeed's flat
         slices with fused AdamW and Muon; an average and its loop against one call; all tokens in the last block against the image tokens; a
-        concatenation before the long skip's product against two products; torch's GELU against ours; freed memory given back to the system, against memory
-        that is kept; loss and gradient norm read every step against the norm alone.
+        concatenation before the long skip's product against none; on AMD's CPUs with AVX-512 torch's linear layers against ours; torch's GELU against ours; freed
+        memory given back to the system, against memory that is kept; loss and gradient norm read every step against the norm alone.
         Ours does besides: noise as a function of seed and position, preconditioning and pair weights, losses by step, spike guard, stop signals.
 ranks   one job of two ranks (one core each, 32 images each a step) against two jobs of one rank with batch 32 that run at the same time on the
         same two cores: images/s of the job over the sum of the two

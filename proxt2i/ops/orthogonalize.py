@@ -19,7 +19,7 @@ def orthogonalize(x: Tensor, rounds: int = ROUNDS, scale: float = 1.0, impl: str
     X / ||X||, a factor that R and Q take for X: ||X||^2 is the trace of R.
 
     impl: "native", for float32 or float64 on a CPU and sides of multiples of 32, or "ref", which insist; None: native where it can be on a CPU
-    with AVX2. ValueError where it is insisted on and cannot be had.
+    with AVX2, if there are as many matrices as threads, which it does not share a matrix among. ValueError where it is insisted on and cannot be had.
     """
     if impl not in IMPLS:
         raise ValueError(f"impl must be one of {IMPLS}, not {impl!r}")
@@ -27,7 +27,7 @@ def orthogonalize(x: Tensor, rounds: int = ROUNDS, scale: float = 1.0, impl: str
     if impl == "native" and not takes:
         raise ValueError(f"impl='native': the native kernel, if built, takes float32 or float64 [K, m, n] on a CPU, m and n multiples of {MULTIPLE}, "
                          f"not {x.dtype} {list(x.shape)} on {x.device}")
-    if impl == "native" or (impl is None and takes and CPU_IS_FAST):
+    if impl == "native" or (impl is None and takes and CPU_IS_FAST and x.shape[0] >= torch.get_num_threads()):
         return torch.ops.proxt2i.orthogonalize(x, *NEWTON_SCHULZ, rounds, scale)
     return orthogonalize_ref(x, rounds, scale)
 
