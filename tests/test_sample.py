@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -33,6 +34,17 @@ def test_module_draws_pictures_that_carry_their_settings(tmp_path):
     settings = Image.open(pictures[0]).text
     assert settings["prompt"] == PROMPT and settings["seed"] == "5" and settings["steps"] == "6" and settings["plan"] == "relaxed"
     assert Image.open(pictures[0]).size == (64, 64)
+
+
+def test_in_bf16_nearly_the_same_pictures(tmp_path):
+    pictures = {}
+    for dtype in ("fp32", "bf16"):
+        out = tmp_path / dtype
+        assert sample.main([PROMPT, "--num-images", "2", "--steps", "4", "--dtype", dtype, "--out", str(out)]) == 0
+        opened = [Image.open(path) for path in sorted(out.glob("0*.png"))]
+        assert len(opened) == 2 and all(picture.text.get("dtype", "fp32") == dtype for picture in opened)
+        pictures[dtype] = torch.stack([torch.from_numpy(np.array(picture)) for picture in opened]).float()
+    assert 0 < (pictures["fp32"] - pictures["bf16"]).abs().mean() < 3
 
 
 def test_a_picture_is_its_seed_and_prompt_whatever_the_batch(bundle):
