@@ -16,7 +16,7 @@ from proxt2i.training import lifeline
 from proxt2i.training.slurm import adopt_slurm_ranks
 
 HERE = Path(__file__).resolve().parent
-MALLOPT = {-3: 32 << 20, -1: 1 << 30}  # M_MMAP_THRESHOLD (glibc's largest) and M_TRIM_THRESHOLD, in bytes
+MALLOPT = {-3: 32 << 20, -1: 1 << 30, -2: 64 << 20}  # M_MMAP_THRESHOLD (glibc's largest), M_TRIM_THRESHOLD and M_TOP_PAD, in bytes
 
 
 def parse(parser: argparse.ArgumentParser, arguments: list[str] | None) -> argparse.Namespace:

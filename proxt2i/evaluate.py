@@ -145,4 +145,7 @@ def run(args: argparse.Namespace) -> None:
 
 
 if __name__ == "__main__":
+    from proxt2i.entry import keep_freed_memory
+
+    keep_freed_memory()
     sys.exit(main())
