@@ -121,7 +121,7 @@ def test_wrong_inputs_are_refused():
         with pytest.raises(ValueError, match=reason):
             linear(bad, its_weight, impl="native")
     for arguments in ((x, None, weight[:, :31], None), (x, None, weight[:40], None), (x, x[:2], torch.randn(64, 64), None), (x, x.double(), torch.randn(64, 64), None),
-                      (x, None, weight, torch.randn(63)), (x, None, weight, torch.randn(64).double()), (x, torch.empty(3, 0), weight, None)):
+                      (x.view(3, 1, 32), x, torch.randn(64, 64), None), (x, None, weight, torch.randn(63)), (x, None, weight, torch.randn(64).double()), (x, torch.empty(3, 0), weight, None)):
         with pytest.raises(RuntimeError, match="proxt2i: "):
             OPS.linear(*arguments)
     for grad in (torch.randn(2, 64), torch.randn(3, 64).double(), torch.randn(64, 3)):

@@ -165,10 +165,10 @@ Sizes check_linear(const Tensor& x, Optional skip, const Tensor& weight) {
                   "proxt2i: weight must have shape [outputs, inputs], and be float32, or float64 if x is");
   STD_TORCH_CHECK(inputs > 0 && inputs % panel_width == 0 && beside % panel_width == 0 && weight.size(0) > 0 && weight.size(0) % panel_width == 0,
                   "proxt2i: all widths must be multiples of 32");
-  const int64_t rows = x.numel() / inputs;
-  STD_TORCH_CHECK(!skip.has_value() || (skip->scalar_type() == x.scalar_type() && beside > 0 && skip->numel() / beside == rows),
-                  "proxt2i: skip must have as many rows as x, and its dtype");
-  return {rows, inputs, beside, weight.size(0)};
+  bool alike = !skip.has_value() || (skip->scalar_type() == x.scalar_type() && skip->dim() == x.dim() && beside > 0);
+  for (int64_t i = 0; alike && skip.has_value() && i < x.dim() - 1; ++i) alike = skip->size(i) == x.size(i);
+  STD_TORCH_CHECK(alike, "proxt2i: skip must have x's shape, but for the width, and its dtype");
+  return {x.numel() / inputs, inputs, beside, weight.size(0)};
 }
 
 template <typename T, typename E>
